@@ -1,0 +1,1 @@
+"""Long-lived loops; the only place where engines, queues and algorithms meet."""

@@ -1,0 +1,1 @@
+"""The trajectory queue: one pure state machine, and the process around it."""

@@ -1,0 +1,1 @@
+"""Executables: parse, build, run."""

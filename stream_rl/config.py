@@ -1,0 +1,235 @@
+"""The recipe: frozen dataclasses, read from TOML, changed from the command line.
+
+One section per part of the system.  An unknown key is an error that lists the known ones; a wrong type says what was
+expected and what came.  Options of SGLang and megatron-core pass through under their own names, untouched
+(`[sglang]`, `[learner.model]`, `[learner.optimizer]`).
+"""
+
+import dataclasses
+import pathlib
+import tomllib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import msgspec
+import tomli_w
+
+from stream_rl.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    name: str
+    steps: int
+    """Optimizer steps to take."""
+    seed: int = 0
+    directory: str = "runs"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    path: str
+    """A Hugging Face directory: config.json, *.safetensors, tokenizer.json."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskChoice:
+    use: str
+    """package.module:Class or path/to/file.py:Class; see stream_rl/task.py."""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    group_size: int = 8
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """SGLang sampling parameters under their own names; those without a correction are refused."""
+    heldout_prompts: int = 128
+    """Held-out prompts sampled once each, at the first and at the last version; 0 turns evaluation off."""
+    heldout_concurrency: int = 64
+    reward_processes: int = 1
+    reward_timeout_s: float = 10.0
+    request_timeout_s: float = 600.0
+    """Longest that one request to an engine may take."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Queue:
+    min_tokens: int
+    """A step trains on at least this many trainable tokens."""
+    max_tokens: int
+    """A lease holds at most this many tokens of any kind; a larger group is leased alone."""
+    over_provision: float = 2.0
+    """Groups admitted and not yet trained, as a multiple of what one step is expected to take."""
+    first_groups: int = 8
+    """Groups that a step is expected to take before any has finished."""
+    max_token_age: int = 8
+    """Versions; older tokens are masked out of the loss.  -1: no bound."""
+    lease_timeout_s: float = 600.0
+    """Longest that the learner waits for a lease."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Algorithm:
+    advantage: str = "grpo"
+    """grpo: reward minus group mean, over group std; centered: without the std."""
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    importance_cap: float = 2.0
+    """Truncation of the per-token importance weight proximal/behaviour."""
+    aggregation: str = "token_mean"
+    """token_mean, sequence_mean or constant."""
+    constant: float = 0.0
+    """The divisor of `aggregation = "constant"`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Learner:
+    micro_batch_tokens: int = 8192
+    """Packed tokens of one forward-backward; one longer sequence goes alone."""
+    threads: int = 1
+    """CPU threads of the learner process."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints (Hugging Face directories); 0: only at the end."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """megatron-core TransformerConfig, under its own names."""
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    """megatron-core OptimizerConfig, under its own names: lr, weight_decay, adam_beta1, clip_grad, ..."""
+    schedule: dict[str, Any] = field(default_factory=dict)
+    """megatron-core OptimizerParamScheduler, under its own names: lr_warmup_steps, lr_decay_steps, ..."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WarmStart:
+    """Supervised steps on the task's demonstrations before the run; needs `demonstrations()` in the task."""
+
+    steps: int = 0
+    sequences: int = 8
+    """Demonstrations of one step."""
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    part_bytes: int = 4 << 20
+    """Largest message of an update."""
+    verify_every: int = 20
+    """Versions between full recomputations of an engine's hash."""
+    keep_deltas: int = 8
+    """Versions that an engine may lag and still be brought up by deltas; beyond, it gets an anchor."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Engine:
+    count: int = 1
+    chunk_tokens: int = 16
+    """A chunk leaves the scheduler when a request has this many new tokens ..."""
+    chunk_seconds: float = 0.25
+    """... or when its oldest unsent token is this old."""
+    buffer_bytes: int = 64 << 20
+    """Chunks kept until acknowledged; when full, tokens wait in their requests."""
+    resend_seconds: float = 2.0
+    """Unacknowledged chunks are sent again after this long."""
+    start_timeout_s: float = 300.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Supervise:
+    stop_timeout_s: float = 15.0
+    """From asking a process to end until it is killed."""
+    peer_timeout_s: float = 60.0
+    """Longest wait for an answer that needs no work: registrations, acknowledgements."""
+    plain_progress_s: float = 5.0
+    """Seconds between progress lines where there is no terminal."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    run: Run
+    model: Model
+    task: TaskChoice
+    queue: Queue
+    rollout: Rollout = field(default_factory=Rollout)
+    algorithm: Algorithm = field(default_factory=Algorithm)
+    learner: Learner = field(default_factory=Learner)
+    warm_start: WarmStart = field(default_factory=WarmStart)
+    weights: Weights = field(default_factory=Weights)
+    engine: Engine = field(default_factory=Engine)
+    supervise: Supervise = field(default_factory=Supervise)
+    sglang: dict[str, Any] = field(default_factory=dict)
+    """SGLang server arguments under their own names."""
+
+    @property
+    def run_directory(self) -> pathlib.Path:
+        return pathlib.Path(self.run.directory) / self.run.name
+
+
+def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a TOML file, with `section.key=value` overrides (values are TOML; bare words are strings).
+
+    Raises ConfigError naming the file, the key and what was expected.
+    """
+    path = pathlib.Path(path)
+    try:
+        table = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    for override in overrides:
+        _override(table, override)
+    return build(Recipe, table, str(path))
+
+
+def dump(recipe: Recipe, path: pathlib.Path) -> None:
+    """Write the resolved recipe; `load` reads it back to an equal one."""
+    path.write_text(tomli_w.dumps(dataclasses.asdict(recipe)))
+
+
+def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
+    """`cls` from nested tables.  Raises ConfigError for unknown or missing keys and for wrong types."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(set(table) - set(fields)):
+        raise ConfigError(f"{where}: unknown keys {unknown}; {cls.__name__.lower()} has {sorted(fields)}")
+    values = {}
+    for name, f in fields.items():
+        here = f"{where}: {name}" if ": " not in where else f"{where}.{name}"
+        if name not in table:
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+                raise ConfigError(f"{here} is missing; {cls.__name__.lower()} needs it")
+            continue
+        value, hint = table[name], hints[name]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{here} must be a table of options, got {value!r}")
+            values[name] = build(typing.cast(type[Any], hint), value, here)
+            continue
+        try:
+            values[name] = msgspec.convert(value, hint)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{here}: {error}, got {value!r}") from error
+    return cls(**values)
+
+
+def _override(table: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or len(parts) < 2 or not all(parts):
+        raise ConfigError(f"an override is section.key=value, got {override!r}")
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"override {override!r}: {part!r} is a value, not a section")
+    table[parts[-1]] = value
