@@ -46,7 +46,9 @@ def message(cls: type[T]) -> type[T]:
     and dicts of those, or numpy arrays of one dtype."""
     made = dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)(cls)
     hints = typing.get_type_hints(made)
-    arrays, scalars, fields = [], [], []
+    arrays: list[tuple[str, np.dtype[Any]]] = []
+    scalars: list[str] = []
+    fields: list[Any] = []
     for field in dataclasses.fields(made):  # type: ignore[arg-type]
         hint = hints[field.name]
         if typing.get_origin(hint) is np.ndarray:
@@ -73,7 +75,7 @@ def encode(message: Any) -> list[Frame]:
     for name, dtype in codec.arrays:
         array = np.ascontiguousarray(getattr(message, name), dtype=dtype)
         shapes.append(array.shape)
-        frames.append(memoryview(array.reshape(-1)).cast("B") if array.size else b"")
+        frames.append(array.reshape(-1).view(np.uint8).data if array.size else b"")
     fields = {name: getattr(message, name) for name in codec.scalars}
     header = msgpack.packb([WIRE_VERSION, type(message).__name__, fields, shapes])
     if len(header) > MAX_HEADER_BYTES:

@@ -1,0 +1,89 @@
+"""How our processes run: one event loop each, one task group, a clean end.
+
+A process of a run is started by the supervisor (`scripts.train`), tells it through an inherited pipe when it is up,
+runs its named loops until the first of them fails or SIGTERM comes, and dies with its parent.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Coroutine
+from typing import Any
+
+import uvloop
+
+log = logging.getLogger(__name__)
+_PR_SET_PDEATHSIG = 1
+
+
+class Stopped(Exception):
+    """SIGTERM or SIGINT came, or a loop said that the work is done."""
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    """Run a process's main coroutine to its end on uvloop; a stop signal is a clean end."""
+    die_with_parent()
+    with contextlib.suppress(Stopped):
+        uvloop.run(main)
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to end this process when the supervisor is gone, however it went (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+async def supervise(**loops: Coroutine[Any, Any, Any]) -> None:
+    """Run named loops together until one fails, one raises Stopped, or a stop signal comes; then end them all.
+
+    A loop may return when its work is done; the others go on.  The first failure is raised as it is, not as a group.
+    """
+
+    async def stop_on_signal() -> None:
+        loop, stop = asyncio.get_running_loop(), asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        try:
+            await stop.wait()
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+        raise Stopped
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            watch = group.create_task(stop_on_signal(), name="signals")
+            tasks = [group.create_task(loop, name=name) for name, loop in loops.items()]
+            await asyncio.wait(tasks)
+            watch.cancel()
+    except BaseExceptionGroup as failures:
+        first = _first(failures)
+        if not isinstance(first, Stopped):
+            log.error("ended by %s: %s", type(first).__name__, first)
+        raise first from None
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """A failure is news; a stop that came with it is not."""
+    leaves: list[BaseException] = []
+    for error in group.exceptions:
+        leaves.append(_first(error) if isinstance(error, BaseExceptionGroup) else error)
+    return next((error for error in leaves if not isinstance(error, Stopped)), leaves[0])
+
+
+def report_ready(fd: int | None, **fields: str | int) -> None:
+    """Tell the supervisor that this process is up.  The pipe stays open: its end tells of this process's end."""
+    if fd is not None:
+        os.write(fd, (json.dumps(fields) + "\n").encode())
+
+
+def log_to_stderr(name: str) -> None:
+    """One line an event, with the process's name; the supervisor keeps stderr in the run's folder."""
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format=f"%(asctime)s {name} %(levelname).1s %(name)s: %(message)s"
+    )
