@@ -41,6 +41,7 @@ class _Codec(typing.NamedTuple):
 _codecs: dict[str, _Codec] = {}
 
 
+@typing.dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,))
 def message(cls: type[T]) -> type[T]:
     """Class decorator: make it a frozen keyword-only dataclass that can travel.  Fields are scalars, strings, lists
     and dicts of those, or numpy arrays of one dtype."""

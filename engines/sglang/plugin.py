@@ -1,0 +1,242 @@
+"""The plugin inside SGLang's scheduler process, found through SGLang's entry point `sglang.srt.plugins`.
+
+    scheduler's thread (hooks)                          the plugin's thread
+    --------------------------                          -------------------
+    launch: tag the batch with the live version
+    result: cut chunks out of its requests   ──rows──▶  number, send, keep, resend      ──▶ queue
+    turn:   inject the commit it was told of ◀─order──  receive, check, stage updates   ◀── publisher
+    commit: write, flip the version          ──live──▶  report                          ──▶ publisher
+
+The commit travels through SGLang's own request list, so that every tensor-parallel rank makes it before the same step,
+and an idle or sleeping engine makes it too (the plugin's wake-up is in the sleeper's poll set).
+
+A fault in here is logged, counted and reported as `faults`; the plugin then stands still and the engine goes on.
+"""
+
+import functools
+import json
+import logging
+import os
+import pathlib
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+from stream_rl.types import Finish, Version
+
+log = logging.getLogger("stream_rl.plugin")
+ENVIRONMENT = "STREAM_RL_PLUGIN"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PluginSettings:
+    """What the launcher tells the plugin, through an environment variable that SGLang's processes inherit."""
+
+    run: str
+    engine: str
+    incarnation: int
+    http_address: str
+    queue_address: str
+    publisher_address: str
+    chunk_tokens: int
+    chunk_seconds: float
+    buffer_bytes: int
+    resend_seconds: float
+
+    def export(self) -> None:
+        os.environ[ENVIRONMENT] = json.dumps(asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class CommitWeights:
+    """A request of ours in SGLang's request list: all ranks have staged `target`; live before the next step."""
+
+    target: Version
+
+
+class Plugin:
+    """The scheduler thread's side.  Made after the scheduler; hooks reach it through `_plugin`."""
+
+    def __init__(self, settings: PluginSettings, scheduler: Any) -> None:
+        from engines.sglang.counters import Counters
+        from engines.sglang.plugin_thread import PluginThread
+        from engines.sglang.staging import LiveWeights
+        from engines.sglang.streaming import ChunkStream
+
+        self.scheduler = scheduler
+        self.counters = Counters()
+        rank, ranks = scheduler.ps.tp_rank, scheduler.ps.tp_size
+        weights = LiveWeights(settings.run, _trace(scheduler), Version(0, 0))
+        self.thread = PluginThread(settings, rank, ranks, weights, self.counters)
+        self.weights = weights
+        self.stream = ChunkStream(
+            settings.run, settings.chunk_tokens, settings.chunk_seconds, self.thread.post_rows, self.thread.is_full
+        )
+        self.streams = rank == 0
+        """Every rank sees every token; one of them streams."""
+        self.sampled_by = weights.version
+        """The version behind the step whose result is being processed."""
+        if getattr(scheduler, "idle_sleeper", None) is not None:
+            scheduler.idle_sleeper.poller.register(self.thread.commit_wakeup.fileno(), 1)
+        self.thread.start()
+
+    def turn(self, requests: list[Any] | None) -> list[Any] | None:
+        """A turn of the event loop has pulled its requests (None on ranks that do not pull)."""
+        now = time.perf_counter()
+        self.counters.turn(now)
+        self.stream.flush_overdue(now)
+        target = self.thread.take_commit_order() if requests is not None else None
+        if requests is not None and target is not None:
+            requests.append(CommitWeights(target))
+        return requests
+
+    def launch(self, batch: Any) -> None:
+        self.counters.launch(time.perf_counter(), batch.forward_mode.is_decode())
+
+    def observe(self, requests: list[Any]) -> None:
+        if not self.streams:
+            return
+        self.stream.observe(requests, self.sampled_by, time.perf_counter())
+        self.counters.generated_tokens = self.stream.tokens
+        self.counters.aborts += sum(
+            self.stream.owns(r.rid) and not r.finished_output and r.finished()
+            and r.finished_reason.to_json()["type"] == Finish.ABORT
+            for r in requests
+        )  # fmt: skip
+
+    def abort_waiting(self, before: set[str], after: set[str]) -> None:
+        """Requests that an abort took out of the waiting queue."""
+        for rid in before - after:
+            if self.streams and self.stream.owns(rid):
+                self.counters.aborts += 1
+                self.stream.abort_waiting(rid)
+
+    def commit(self, order: CommitWeights) -> None:
+        """SGLang's dispatcher calls this on every rank, in the same turn."""
+        stall, problem = 0.0, ""
+        try:
+            with self.counters.hook():
+                stall = self.weights.commit(order.target, self._forward_stream)
+            self.counters.commits += 1
+        except Exception as error:  # must not end somebody else's scheduler; the publisher is told
+            log.exception("commit of version %s failed", order.target)
+            problem = f"{type(error).__name__}: {error}"
+        self.thread.post_live(order.target, stall, problem)
+
+    def _forward_stream(self) -> AbstractContextManager[object]:
+        if self.scheduler.device == "cpu":
+            return nullcontext()
+        context: AbstractContextManager[object] = self.scheduler.device_module.stream(self.scheduler.forward_stream)
+        return context
+
+
+def _trace(scheduler: Any) -> Any:
+    from engines.sglang.load_map import TensorShape, trace
+    from engines.weights.huggingface_shapes import checkpoint_shapes
+
+    model = scheduler.tp_worker.model_runner.model
+    path = pathlib.Path(scheduler.tp_worker.model_runner.model_config.model_path)
+    shapes = {name: TensorShape(*shape) for name, shape in checkpoint_shapes(path).items()}
+    return trace(model.named_parameters(), model.load_weights, shapes)
+
+
+_plugin: Plugin | None = None
+
+
+def _guarded(hook: Callable[..., T]) -> Callable[..., T | None]:
+    """Hooks run inside somebody else's loop: charge their CPU time, and never raise into it."""
+
+    @functools.wraps(hook)
+    def wrapper(*args: Any, **kwargs: Any) -> T | None:
+        global _plugin
+        plugin = _plugin
+        if plugin is None:
+            return None
+        try:
+            with plugin.counters.hook():
+                return hook(plugin, *args, **kwargs)
+        except Exception:
+            log.exception("hook %s failed; streaming and updates stop, the engine goes on", hook.__name__)
+            plugin.counters.faults += 1
+            _plugin = None
+            return None
+
+    return wrapper
+
+
+def register() -> None:
+    """SGLang calls this in each of its processes.  Without the launcher's settings the plugin does nothing."""
+    if (text := os.environ.get(ENVIRONMENT)) is None:
+        return
+    settings = PluginSettings(**json.loads(text))
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.utils import TypeBasedDispatcher
+
+    def start(_: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+        """Raises: an engine that cannot be updated must not come up."""
+        global _plugin
+        _plugin = Plugin(settings, scheduler)
+        scheduler._request_dispatcher += TypeBasedDispatcher([(CommitWeights, _plugin.commit)])
+
+    @_guarded
+    def pulled(plugin: Plugin, requests: list[Any] | None, *_: Any) -> list[Any] | None:
+        return plugin.turn(requests)
+
+    @_guarded
+    def before_launch(plugin: Plugin, scheduler: Any, batch: Any, *_: Any, **__: Any) -> None:
+        plugin.launch(batch)
+
+    @_guarded
+    def after_launch(plugin: Plugin, result: Any, *_: Any, **__: Any) -> None:
+        result.stream_rl_version = plugin.weights.version
+
+    @_guarded
+    def before_result(plugin: Plugin, scheduler: Any, batch: Any, result: Any) -> None:
+        plugin.sampled_by = result.stream_rl_version
+
+    @_guarded
+    def before_output(plugin: Plugin, streamer: Any, reqs: list[Any], *_: Any, **__: Any) -> None:
+        plugin.observe(reqs)
+
+    @_guarded
+    def admitted(plugin: Plugin, scheduler: Any, request: Any, *_: Any, **__: Any) -> None:
+        # Chosen here and not by the client, whose choice would race with a commit.  No prefix hit crosses a key.
+        if plugin.stream.owns(request.rid):
+            request.extra_key = f"version {plugin.weights.version}"
+
+    @_guarded
+    def paused(plugin: Plugin, *_: Any, **__: Any) -> None:
+        plugin.counters.pauses += 1
+
+    @_guarded
+    def retracted(plugin: Plugin, result: Any, *_: Any, **__: Any) -> None:
+        plugin.counters.retractions += len(result[0])
+
+    def abort(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        before = {request.rid for request in scheduler.waiting_queue}
+        output = original(scheduler, *args, **kwargs)
+        aborted(before, {request.rid for request in scheduler.waiting_queue})
+        return output
+
+    @_guarded
+    def aborted(plugin: Plugin, before: set[str], after: set[str]) -> None:
+        plugin.abort_waiting(before, after)
+
+    scheduler = "sglang.srt.managers.scheduler.Scheduler"
+    parts = "sglang.srt.managers.scheduler_components"
+    for target, hook, kind in (
+        (f"{scheduler}.__init__", start, HookType.AFTER),
+        (f"{parts}.request_receiver.SchedulerRequestReceiver._pull_raw_reqs", pulled, HookType.AFTER),
+        (f"{scheduler}.run_batch", before_launch, HookType.BEFORE),
+        (f"{scheduler}.run_batch", after_launch, HookType.AFTER),
+        (f"{scheduler}.process_batch_result", before_result, HookType.BEFORE),
+        (f"{parts}.output_streamer.SchedulerOutputStreamer.stream_output", before_output, HookType.BEFORE),
+        (f"{scheduler}.handle_generate_request", admitted, HookType.BEFORE),
+        (f"{scheduler}.pause_generation", paused, HookType.BEFORE),
+        (f"{scheduler}.abort_request", abort, HookType.AROUND),
+        ("sglang.srt.managers.schedule_batch.ScheduleBatch.retract_decode", retracted, HookType.AFTER),
+    ):
+        HookRegistry.register(target, hook, kind)

@@ -1,0 +1,154 @@
+"""Weight updates inside an engine: received in parts, checked, staged in the background, live between two steps.
+
+Two threads share this.  The plugin's thread receives, decodes, checks and stages; the scheduler's thread only runs
+`commit`.  At most one update is under way: the publisher sends the next after it heard `Live`.
+
+Invariant: nothing is written to a live parameter before the whole update is here, fits the live version, and is known
+to lead to the fingerprint that the publisher stated.
+"""
+
+import time
+import zlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+
+from engines.sglang.load_map import LoadMap, Write
+from engines.weights import fingerprint
+from engines.weights.codec import TensorUpdate, decode
+from stream_rl.errors import WeightsError
+from stream_rl.messages import UpdatePart
+from stream_rl.types import Version
+
+
+class LiveWeights:
+    """The live version of one rank, and the update on its way to replace it."""
+
+    def __init__(self, run: str, load_map: LoadMap, version: Version) -> None:
+        self._run = run
+        self._map = load_map
+        self.version = version
+        """Read by the scheduler's thread at every launch; flipped there by `commit`."""
+        self._sums = {name: load_map.live_sum(name) for name in load_map.shapes}
+        self._parts: dict[int, UpdatePart] = {}
+        self._started = 0.0
+        self._staged: _Staged | None = None
+        self._previous: _Staged | None = None
+        """Kept until the next commit: on a GPU the writes may still be reading it."""
+
+    @property
+    def fingerprint(self) -> int:
+        """Incremental fingerprint of the live weights."""
+        return sum(self._sums.values()) % (1 << 64)
+
+    @property
+    def staged(self) -> Version | None:
+        """Target of the update that waits for its commit."""
+        return self._staged.target if self._staged else None
+
+    def receive(self, part: UpdatePart) -> Version | None:
+        """Take one part; the target once the whole update is staged, None before.
+
+        Raises WeightsError if it cannot be applied here, saying why; what was received of it is then forgotten.
+        """
+        try:
+            return self._receive(part)
+        except WeightsError:
+            self._parts.clear()
+            raise
+
+    def _receive(self, part: UpdatePart) -> Version | None:
+        if part.run != self._run:
+            raise WeightsError(f"this engine belongs to run {self._run!r}, the update to run {part.run!r}")
+        if self._staged is not None:
+            raise WeightsError(f"version {self._staged.target} is staged and not live yet; {part.target} must wait")
+        if zlib.crc32(part.payload.data) != part.checksum:
+            raise WeightsError(f"part {part.part} of version {part.target} is corrupt")
+        if not part.anchor and part.base != self.version:
+            raise WeightsError(
+                f"the update to {part.target} needs version {part.base}, this engine holds {self.version}"
+            )
+        known = next(iter(self._parts.values()), None)
+        if known is None or known.target != part.target or known.anchor != part.anchor or known.parts != part.parts:
+            self._parts.clear()
+            self._started = time.perf_counter()
+        self._parts[part.part] = part
+        if len(self._parts) < part.parts:
+            return None
+        self._staged = self._stage([self._parts[i] for i in range(part.parts)])
+        self._parts.clear()
+        return part.target
+
+    def _stage(self, parts: list[UpdatePart]) -> "_Staged":
+        sums, writes = dict(self._sums), []
+        for part in parts:
+            for update in self._decoded(part):
+                sums[update.name] = self._new_sum(update, sums[update.name])
+                writes += self._map.writes(update)
+        total = sum(sums.values()) % (1 << 64)
+        if fingerprint.text(total) != parts[0].target_hash:
+            raise WeightsError(
+                f"version {parts[0].target} would have fingerprint {fingerprint.text(total)} here, "
+                f"the publisher states {parts[0].target_hash}"
+            )
+        return _Staged(parts[0].target, writes, sums, time.perf_counter() - self._started)
+
+    def _decoded(self, part: UpdatePart) -> list[TensorUpdate]:
+        updates, offset = [], 0
+        for name, code, sizes, dtype in zip(part.names, part.codes, part.sizes, part.dtypes, strict=True):
+            shape = self._map.shapes.get(name)
+            if shape is None or str(shape.dtype) != f"torch.{dtype}":
+                raise WeightsError(f"the update has {name} as {dtype}; this engine's checkpoint has {shape}")
+            buffers = []
+            for size in sizes:
+                buffers.append(part.payload[offset : offset + size])
+                offset += size
+            updates.append(decode(name, shape.dtype, shape.elements, code, buffers))
+        return updates
+
+    def _new_sum(self, update: TensorUpdate, old: int) -> int:
+        if update.indices is None:
+            return fingerprint.tensor_sum(update.name, update.bits)
+        seed = fingerprint.seed_of(update.name)
+        before = self._map.read(update.name, update.indices).to(update.bits.device)
+        gone = fingerprint.element_sum(seed, update.indices, before)
+        come = fingerprint.element_sum(seed, update.indices, update.bits)
+        return (old - gone + come) % (1 << 64)
+
+    def commit(self, target: Version, on_forward_stream: Callable[[], AbstractContextManager[object]]) -> float:
+        """Scheduler's thread, between two steps: write, then flip the version.  Returns the seconds it took.
+
+        The writes are enqueued on the stream of the forward passes, behind the last launched one and before the next,
+        so a pass computes with the weights of exactly one version.
+        """
+        start = time.perf_counter()
+        staged = self._staged
+        if staged is None or staged.target != target:
+            raise WeightsError(f"asked to make {target} live, staged is {staged.target if staged else 'nothing'}")
+        with torch.no_grad(), on_forward_stream():
+            for write in staged.writes:
+                write.apply()
+        self.version = target
+        self._sums = staged.sums
+        self._previous, self._staged = staged, None
+        return time.perf_counter() - start
+
+    @property
+    def stage_seconds(self) -> float:
+        """From the first part of the last committed update until it was staged."""
+        return self._previous.seconds if self._previous else 0.0
+
+    def recompute(self) -> int:
+        """Fingerprint recomputed from all live parameters.  Raises WeightsError if replicas within the rank differ."""
+        self._sums = {name: self._map.live_sum(name) for name in self._map.shapes}
+        return self.fingerprint
+
+
+class _Staged:
+    """A whole update, ready to be written."""
+
+    __slots__ = ("seconds", "sums", "target", "writes")
+
+    def __init__(self, target: Version, writes: list[Write], sums: dict[str, int], seconds: float) -> None:
+        self.target, self.writes, self.sums, self.seconds = target, writes, sums, seconds
