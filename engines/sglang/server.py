@@ -9,7 +9,6 @@ importing this file and before anything of SGLang's.
 
 import argparse
 import contextlib
-import dataclasses
 import difflib
 import os
 import socket
@@ -35,7 +34,9 @@ def arguments(options: Mapping[str, Any], model_path: str, port: int) -> list[st
     """SGLang's command line.  Raises ConfigError for an option that SGLang does not have."""
     from sglang.srt.server_args import ServerArgs
 
-    known = {field.name for field in dataclasses.fields(ServerArgs)}
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    known = {word.removeprefix("--").replace("-", "_") for word in parser._option_string_actions}
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), 3)

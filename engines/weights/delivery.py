@@ -1,0 +1,198 @@
+"""Bringing every engine to the newest version, each at its own pace.
+
+For each engine: parts to every rank, `Staged` from every rank, one `CommitOrder` to rank 0, `Live` from every rank,
+then the next.  One update is under way to an engine at a time, so an engine's memory is bounded by one update and a
+slow engine delays nobody else.  Pure: messages in, (rank's identity, message) out.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from engines.weights.chain import Chain, Update
+from stream_rl.messages import (
+    CommitOrder,
+    EngineHello,
+    EngineVerified,
+    HashOrder,
+    HashReport,
+    Live,
+    Refused,
+    Staged,
+    VersionReport,
+)
+from stream_rl.types import Version
+
+log = logging.getLogger(__name__)
+Outgoing = list[tuple[bytes, Any]]
+
+
+@dataclass(slots=True)
+class _Engine:
+    """What the publisher knows of one engine."""
+
+    name: str
+    incarnation: int
+    ranks: int
+    held: Version
+    """The version that it last said was live."""
+    peers: dict[int, bytes] = field(default_factory=dict)
+    """Identity of each rank that has said hello."""
+    update: Update | None = None
+    sent_at: float = 0.0
+    staged: set[int] = field(default_factory=set)
+    live: dict[int, Live] = field(default_factory=dict)
+    hashes: dict[int, HashReport] = field(default_factory=dict)
+    verify: bool = False
+    """A full recomputation is due when no update is under way."""
+    verifying: bool = False
+
+
+class Delivery:
+    """All engines of a run."""
+
+    def __init__(self, run: str, chain: Chain, verify_every: int, clock: Callable[[], float]) -> None:
+        self._run, self._chain, self._verify_every, self._clock = run, chain, verify_every, clock
+        self._engines: dict[str, _Engine] = {}
+        self.final: Version | None = None
+        """Once set: verify every engine in full when it is there."""
+        self.reports: list[VersionReport | EngineVerified] = []
+        """For the queue; the shell sends and clears them."""
+
+    def advance(self) -> Outgoing:
+        """The chain has a new version (or the final one is known)."""
+        return [out for engine in self._engines.values() for out in self._next(engine)]
+
+    def handle(self, peer: bytes, message: Any) -> Outgoing:
+        """A message of an engine's rank."""
+        if isinstance(message, EngineHello):
+            return self._hello(peer, message)
+        engine = self._engines.get(message.engine)
+        if engine is None or engine.incarnation != message.incarnation:
+            return [(peer, Refused(reason="unknown_engine", detail=f"{message.engine} did not say hello"))]
+        match message:
+            case Staged():
+                return self._staged(engine, message)
+            case Live():
+                return self._live(engine, message)
+            case HashReport():
+                return self._hashed(engine, message)
+        return [(peer, Refused(reason="unexpected", detail=f"no use for a {type(message).__name__}"))]
+
+    def _hello(self, peer: bytes, hello: EngineHello) -> Outgoing:
+        if hello.run != self._run:
+            detail = f"this publisher serves run {self._run!r}, engine {hello.engine} belongs to {hello.run!r}"
+            return [(peer, Refused(reason="other_run", detail=detail))]
+        engine = self._engines.get(hello.engine)
+        if engine is not None and hello.incarnation < engine.incarnation:
+            return [(peer, Refused(reason="fenced", detail=f"{hello.engine} has restarted since"))]
+        if engine is None or hello.incarnation > engine.incarnation:
+            engine = self._engines[hello.engine] = _Engine(hello.engine, hello.incarnation, hello.ranks, hello.version)
+        engine.peers[hello.rank] = peer
+        engine.update, engine.verifying = None, False
+        engine.held = hello.version
+        if self._chain.version is None:
+            return []
+        # with one rank its fingerprint is that of the whole model; sums of several are added when a version is live
+        if hello.ranks == 1 and self._chain.hashes.get(hello.version) != hello.weights_hash:
+            log.warning("%s does not hold version %s bit for bit; it gets an anchor", hello.engine, hello.version)
+            return self._send(engine, self._chain.anchor())
+        return self._next(engine)
+
+    def _next(self, engine: _Engine) -> Outgoing:
+        if engine.update is not None or engine.verifying or len(engine.peers) < engine.ranks:
+            return []
+        if self._chain.version is None:
+            return []
+        update = self._chain.update_from(engine.held)
+        if update is not None:
+            return self._send(engine, update)
+        if engine.verify or engine.held == self.final:
+            return self._verify(engine)
+        return []
+
+    def _send(self, engine: _Engine, update: Update) -> Outgoing:
+        engine.update, engine.sent_at = update, self._clock()
+        engine.staged.clear()
+        engine.live.clear()
+        return [(peer, part) for peer in engine.peers.values() for part in update.parts]
+
+    def _staged(self, engine: _Engine, staged: Staged) -> Outgoing:
+        if engine.update is None or staged.target != engine.update.target:
+            return []
+        if staged.problem:
+            log.warning("%s cannot take version %s: %s", engine.name, staged.target, staged.problem)
+            if engine.update.anchor:
+                return []  # an anchor needs no base: sending the same again would loop; the queue sees it lag
+            return self._send(engine, self._chain.anchor())
+        engine.staged.add(staged.rank)
+        if len(engine.staged) < engine.ranks:
+            return []
+        return [(engine.peers[0], CommitOrder(target=staged.target))]
+
+    def _live(self, engine: _Engine, live: Live) -> Outgoing:
+        update = engine.update
+        if update is None or live.target != update.target:
+            return []
+        engine.live[live.rank] = live
+        if len(engine.live) < engine.ranks:
+            return []
+        ranks = list(engine.live.values())
+        total = f"{sum(int(rank.weights_hash, 16) for rank in ranks) % (1 << 64):016x}"
+        matches = total == self._chain.hashes[update.target] and not any(rank.problem for rank in ranks)
+        self.reports.append(
+            VersionReport(
+                engine=engine.name,
+                version=update.target,
+                anchor=update.anchor,
+                update_bytes=update.bytes,
+                full_bytes=self._chain.full_bytes,
+                changed=update.changed,
+                elements=self._chain.elements,
+                encode_seconds=update.encode_seconds,
+                stage_seconds=max(rank.stage_seconds for rank in ranks),
+                stall_seconds=max(rank.stall_seconds for rank in ranks),
+                commit_seconds=self._clock() - engine.sent_at,
+                weights_hash=total,
+                hash_matches=matches,
+            )
+        )
+        engine.update, engine.held = None, update.target
+        if not matches:
+            log.error("%s holds %s at version %s, expected %s", engine.name, total, update.target,
+                      self._chain.hashes[update.target])  # fmt: skip
+            return self._send(engine, self._chain.anchor())
+        engine.verify = engine.verify or (self._verify_every > 0 and update.target.step % self._verify_every == 0)
+        if engine.verify:
+            return self._verify(engine)
+        return self._next(engine)
+
+    def _verify(self, engine: _Engine) -> Outgoing:
+        engine.verify, engine.verifying = False, True
+        engine.hashes.clear()
+        return [(peer, HashOrder(version=engine.held)) for peer in engine.peers.values()]
+
+    def _hashed(self, engine: _Engine, report: HashReport) -> Outgoing:
+        if not engine.verifying or report.version != engine.held:
+            return []
+        engine.hashes[report.rank] = report
+        if len(engine.hashes) < engine.ranks:
+            return []
+        engine.verifying = False
+        texts = [each.weights_hash for each in engine.hashes.values()]
+        try:
+            total = f"{sum(int(text, 16) for text in texts) % (1 << 64):016x}"
+        except ValueError:
+            total = "; ".join(texts)
+        expected = self._chain.hashes[report.version]
+        self.reports.append(
+            EngineVerified(engine=engine.name, version=report.version, weights_hash=total, expected=expected)
+        )
+        if total != expected:
+            log.error("%s: live weights of version %s are %s, expected %s; sending an anchor", engine.name,
+                      report.version, total, expected)  # fmt: skip
+            return self._send(engine, self._chain.anchor())
+        if self.final == engine.held:
+            return []
+        return self._next(engine)
