@@ -79,6 +79,7 @@ class Queue:
 class Algorithm:
     advantage: str = "grpo"
     """grpo: reward minus group mean, over group std; centered: without the std."""
+    loss: str = "ppo_clip"
     clip_low: float = 0.2
     clip_high: float = 0.2
     importance_cap: float = 2.0

@@ -27,6 +27,8 @@ class Counters:
         self.busy_seconds = 0.0
         """Wall time of event-loop turns that ran a batch."""
         self.started = time.perf_counter()
+        self._cpu_started = time.process_time()
+        """Imports and model loading are not the scheduler's work."""
         self.decode_step_seconds = Histogram()
         """From one decode launch to the next, while nothing else came between."""
         self._turn_started = self.started
@@ -68,7 +70,7 @@ class Counters:
             "generated_tokens": self.generated_tokens,
             "hook_cpu_seconds": self.hook_cpu_seconds,
             "thread_cpu_seconds": self.thread_cpu_seconds,
-            "scheduler_cpu_seconds": time.process_time(),
+            "scheduler_cpu_seconds": time.process_time() - self._cpu_started,
             "busy_seconds": self.busy_seconds,
             "wall_seconds": time.perf_counter() - self.started,
         }

@@ -39,8 +39,8 @@ def declare_torchvision_operators() -> None:
     """Enough for torchvision's pure Python part to import without its extension."""
     import torch
 
-    if _libraries or importlib.util.find_spec("torchvision") is None:
-        return
+    if torch.version.cuda is not None or _libraries or importlib.util.find_spec("torchvision") is None:
+        return  # beside a CUDA build of torch the extension declares them itself
     library: Any = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for operator in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, operator):

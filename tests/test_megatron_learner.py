@@ -1,0 +1,305 @@
+"""The learner against transformers with torch's AdamW, and what it promises of a step."""
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from huggingface_reference import (
+    CLIP,
+    OPTIMIZER,
+    reference_logprobs,
+    reference_optimizer,
+    write_random_model,
+)
+from torch import Tensor
+
+from algorithms.losses import PPOClip, cross_entropy
+from engines.megatron.learner import MegatronLearner
+from stream_rl.config import Learner
+from stream_rl.errors import ConfigError, WeightsError
+from stream_rl.types import TrainingBatch
+
+LENGTHS = [33, 7, 20, 50, 12, 12, 40, 5, 64, 3]
+PPO = PPOClip(clip_low=0.2, clip_high=0.2, importance_cap=2.0)
+TEMPERATURE = 0.7
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def directory(tmp_path: pathlib.Path) -> pathlib.Path:
+    write_random_model(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def make_learner(directory: pathlib.Path, micro_batch_tokens: int = 100, **changes: Any) -> MegatronLearner:
+    section = Learner(micro_batch_tokens=micro_batch_tokens, **({"optimizer": OPTIMIZER} | changes))
+    return MegatronLearner(directory, section, seed=0)
+
+
+def make_batch(seed: int, lengths: list[int] = LENGTHS) -> TrainingBatch:
+    """Random tokens; a first fifth of each sequence is context, and a tenth of the rest is masked."""
+    random = np.random.default_rng(seed)
+    tokens = sum(lengths)
+    trained = np.concatenate([np.arange(n) >= max(1, n // 5) for n in lengths]) & (random.random(tokens) > 0.1)
+    return TrainingBatch(
+        token_ids=random.integers(0, 64, tokens).astype(np.int32),
+        lengths=np.array(lengths, dtype=np.int32),
+        behavior_logprobs=np.where(trained, -random.exponential(4.0, tokens), 0.0).astype(np.float32),
+        advantages=random.normal(size=tokens).astype(np.float32),
+        loss_weights=(trained / trained.sum()).astype(np.float32),
+        temperature=TEMPERATURE,
+    )
+
+
+def sequences_of(batch: TrainingBatch) -> list[np.ndarray]:
+    return np.split(batch.token_ids, np.cumsum(batch.lengths)[:-1])
+
+
+def batch_loss(model: Any, batch: TrainingBatch) -> Tensor:
+    """PPO of transformers' log-probs, sequence by sequence, with no packing."""
+    logprobs = torch.cat([reference_logprobs(model, ids, batch.temperature) for ids in sequences_of(batch)])
+    fields = (batch.behavior_logprobs, batch.advantages, batch.loss_weights)
+    return PPO(logprobs, *(torch.from_numpy(field) for field in fields))[0]
+
+
+def largest_logprob_difference(learner: MegatronLearner, reference: Any, batch: TrainingBatch) -> float:
+    sequences = sequences_of(batch)
+    got = learner.logprobs(sequences, batch.temperature)
+    with torch.no_grad():
+        wanted = [reference_logprobs(reference, ids, batch.temperature).numpy() for ids in sequences]
+    return max(float(np.abs(a - b).max()) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_three_steps_match_transformers_and_adamw(tmp_path: pathlib.Path, tied: bool) -> None:
+    reference = write_random_model(tmp_path / "model", tie_word_embeddings=tied)
+    before = {name: parameter.detach().clone() for name, parameter in reference.named_parameters()}
+    learner = make_learner(tmp_path / "model")
+    assert largest_logprob_difference(learner, reference, make_batch(9)) < 1e-5
+
+    optimizer = reference_optimizer(reference)
+    for step in range(3):
+        batch = make_batch(step)
+        metrics = learner.train_step(batch, PPO)
+        optimizer.zero_grad()
+        loss = batch_loss(reference, batch)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), CLIP)
+        assert norm > CLIP, "the comparison covers clipping"
+        optimizer.step()
+        assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-5)
+        assert metrics["gradient_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    wanted = dict(reference.named_parameters())
+    got = dict(learner.named_weights())
+    assert got.keys() == wanted.keys()
+    for name, tensor in got.items():
+        assert (wanted[name] - before[name]).abs().max() > 1e-3, f"{name} was not trained"
+        torch.testing.assert_close(tensor, wanted[name].detach(), rtol=0, atol=2e-5)
+    assert largest_logprob_difference(learner, reference, make_batch(9)) < 1e-4
+
+
+def test_the_parity_check_sees_exchanged_keys_and_values(directory: pathlib.Path) -> None:
+    reference = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    weights = safetensors.torch.load_file(directory / "model.safetensors")
+    key, value = "model.layers.1.self_attn.k_proj.weight", "model.layers.1.self_attn.v_proj.weight"
+    weights[key], weights[value] = weights[value], weights[key]
+    safetensors.torch.save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    assert largest_logprob_difference(make_learner(directory), reference, make_batch(9)) > 0.1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_leave_as_they_came_and_transformers_loads_them(tmp_path: pathlib.Path, tied: bool, dtype: str) -> None:
+    source, target = tmp_path / "model", tmp_path / "saved"
+    write_random_model(source, tie_word_embeddings=tied, dtype=dtype)
+    (source / "tokenizer.json").write_text("{}")
+    learner = make_learner(source)
+    stored = safetensors.torch.load_file(source / "model.safetensors")
+    weights = dict(learner.named_weights())
+    assert weights.keys() == stored.keys()
+    assert all(weights[n].dtype == stored[n].dtype and torch.equal(weights[n], stored[n]) for n in stored)
+
+    metrics = learner.train_step(make_batch(0), PPO)
+    assert metrics["skipped"] == 0.0
+    learner.save(target)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=getattr(torch, dtype))
+    assert all(torch.equal(loaded.state_dict()[n], tensor) for n, tensor in learner.named_weights())
+    # A norm near 1 does not move in bfloat16 by one step of 1e-3; small weights do.
+    moved = [name for name, tensor in learner.named_weights() if not torch.equal(tensor, stored[name])]
+    assert {name for name in stored if "_proj" in name or "embed" in name} <= set(moved)
+    assert (target / "tokenizer.json").exists()
+    assert (target / "config.json").read_text() == (source / "config.json").read_text()
+    if dtype == "float32":
+        assert largest_logprob_difference(learner, loaded, make_batch(9)) < 1e-5
+    else:
+        assert largest_logprob_difference(learner, loaded.float(), make_batch(9)) < 0.3
+
+
+def test_the_step_does_not_depend_on_the_cut(directory: pathlib.Path) -> None:
+    def after(micro_batch_tokens: int, order: np.ndarray) -> tuple[dict[str, Tensor], dict[str, float]]:
+        batch, sequences = make_batch(0), np.arange(len(LENGTHS))
+        indices = np.concatenate([np.split(np.arange(sum(LENGTHS)), np.cumsum(LENGTHS)[:-1])[s] for s in order])
+        fields = ("token_ids", "behavior_logprobs", "advantages", "loss_weights")
+        shuffled = {name: getattr(batch, name)[indices] for name in fields}
+        assert sorted(order) == sequences.tolist()
+        # SGD, so that a weight's change is its gradient and not the gradient's sign.
+        plain = {"optimizer": "sgd", "lr": 1.0, "clip_grad": 0.0, "weight_decay": 0.0, "sgd_momentum": 0.0}
+        learner = make_learner(directory, micro_batch_tokens, optimizer=plain)
+        metrics = learner.train_step(
+            TrainingBatch(**shuffled, lengths=batch.lengths[order], temperature=batch.temperature), PPO
+        )
+        return dict(learner.named_weights()), metrics
+
+    random = np.random.default_rng(0)
+    wanted, wanted_metrics = after(10_000, np.arange(len(LENGTHS)))
+    for micro_batch_tokens in (1, 50, 64, 130):
+        got, metrics = after(micro_batch_tokens, random.permutation(len(LENGTHS)))
+        for name, tensor in got.items():
+            torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=1e-6)
+        for name in metrics.keys() - {"forward_backward_seconds", "optimizer_seconds"}:
+            assert metrics[name] == pytest.approx(wanted_metrics[name], rel=1e-4, abs=1e-6), name
+
+
+def test_entropy_and_loss_metrics_are_means_by_weight(directory: pathlib.Path) -> None:
+    reference = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    batch = make_batch(0)
+    doubled = TrainingBatch(
+        **{name: getattr(batch, name) for name in ("token_ids", "lengths", "behavior_logprobs", "advantages")},
+        loss_weights=batch.loss_weights * 2,
+        temperature=batch.temperature,
+    )
+    entropies = []
+    with torch.no_grad():
+        for ids in sequences_of(batch):
+            logits = reference(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).logits[0, :-1] / TEMPERATURE
+            entropies += [0.0, *torch.distributions.Categorical(logits=logits).entropy().tolist()]
+        gap = torch.cat([reference_logprobs(reference, ids, TEMPERATURE) for ids in sequences_of(batch)])
+    gap -= torch.from_numpy(batch.behavior_logprobs)
+    metrics = make_learner(directory).train_step(doubled, PPO)
+    assert metrics["entropy"] == pytest.approx(float(np.sum(batch.loss_weights * entropies)), rel=1e-4)
+    assert metrics["logprob_gap_abs"] == pytest.approx(float(np.sum(batch.loss_weights * gap.abs().numpy())), rel=1e-4)
+    assert metrics["importance_max"] == pytest.approx(float(gap[batch.loss_weights > 0].max().exp()), rel=1e-4)
+    assert metrics["tokens"] == sum(LENGTHS)
+    assert metrics["trained_tokens"] == np.count_nonzero(batch.loss_weights)
+    assert metrics["lr"] == OPTIMIZER["lr"]
+
+
+def spoiled(batch: TrainingBatch, **changes: Any) -> TrainingBatch:
+    fields = {name: getattr(batch, name) for name in TrainingBatch.__dataclass_fields__}
+    return TrainingBatch(**(fields | changes))
+
+
+def test_a_step_that_is_not_finite_or_has_nothing_to_train_changes_nothing(directory: pathlib.Path) -> None:
+    learner, untouched = make_learner(directory), make_learner(directory)
+    batch = make_batch(0)
+
+    def infinite_gradient(logprobs: Tensor, *_: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return (logprobs - logprobs.detach()).abs().sqrt().sum(), {}  # value 0, gradient NaN
+
+    advantages = np.where(batch.loss_weights > 0, np.float32(np.nan), np.float32(0))
+    for bad, loss in (
+        (spoiled(batch, advantages=advantages), PPO),
+        (batch, infinite_gradient),
+        (spoiled(batch, loss_weights=np.zeros_like(batch.loss_weights)), PPO),
+    ):
+        before = {name: tensor.clone() for name, tensor in learner.named_weights()}
+        metrics = learner.train_step(bad, loss)
+        assert metrics["skipped"] == 1.0
+        assert all(np.isfinite(list(metrics.values())))
+        assert all(torch.equal(before[name], tensor) for name, tensor in learner.named_weights())
+    for one in (learner, untouched):
+        assert one.train_step(batch, PPO)["skipped"] == 0.0
+    for (_, got), (_, wanted) in zip(learner.named_weights(), untouched.named_weights(), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+def test_supervised_steps_learn_their_demonstrations(directory: pathlib.Path) -> None:
+    learner = make_learner(directory)
+    learner.reset_optimizer({"lr": 1e-2}, {"lr_warmup_steps": 2}, section="warm_start")
+    batch = spoiled(make_batch(0, [20, 30]), advantages=np.ones(50, np.float32), temperature=1.0)
+    reports = [learner.train_step(batch, cross_entropy) for _ in range(40)]
+    assert [report["lr"] for report in reports[:4]] == [0.0, 5e-3, 1e-2, 1e-2]
+    assert reports[-1]["loss"] < 0.2 * reports[0]["loss"]
+
+
+def test_logprobs_come_in_the_order_of_the_sequences_beyond_the_first_rotary_table(tmp_path: pathlib.Path) -> None:
+    reference = write_random_model(tmp_path / "model", max_position_embeddings=4096)
+    learner = make_learner(tmp_path / "model")
+    batch = make_batch(3, [5, 1100, 1, 90, 2])
+    assert learner.logprobs([], 1.0) == []
+    assert [len(values) for values in learner.logprobs(sequences_of(batch), 1.0)] == [5, 1100, 1, 90, 2]
+    assert largest_logprob_difference(learner, reference, batch) < 3e-5
+
+
+@pytest.mark.parametrize("lengths", [[16, 16, 16], [1], [64, 3, 3, 3], [40, 39, 20, 19, 2, 1], [1, 1, 1]])
+def test_padding_is_out_of_sight(directory: pathlib.Path, lengths: list[int]) -> None:
+    reference = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    learner = make_learner(directory, micro_batch_tokens=1000)
+    assert largest_logprob_difference(learner, reference, make_batch(1, lengths)) < 1e-5
+
+
+def test_recomputing_activations_changes_nothing(directory: pathlib.Path) -> None:
+    plain = make_learner(directory)
+    recomputing = make_learner(
+        directory, model={"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    )
+    batch = make_batch(0)
+    assert plain.train_step(batch, PPO)["loss"] == recomputing.train_step(batch, PPO)["loss"]
+    for (_, got), (_, wanted) in zip(plain.named_weights(), recomputing.named_weights(), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"recompute_granularit": "full"}}, "learner.model.recompute_granularit is not known .*did you mean"),
+        ({"model": {"num_layers": 3}}, r"num_layers cannot be set: it comes from the model's config\.json"),
+        ({"model": {"tensor_model_parallel_size": 2}}, "one process"),
+        ({"model": {"recompute_granularity": "full"}}, "megatron-core refuses"),
+        ({"model": {"recompute_num_layers": "1"}}, "recompute_num_layers: Expected `int | null`, got `str`, got '1'"),
+        ({"optimizer": {"lr": 1e-3, "beta1": 0.9}}, r"learner\.optimizer\.beta1 is not known .*'adam_beta1'"),
+        ({"optimizer": {}}, r"learner\.optimizer\.lr must be a positive number, got None"),
+        ({"schedule": {"max_lr": 1e-3}}, r"learner\.schedule\.max_lr cannot be set: the peak .* optimizer\.lr"),
+        ({"schedule": {"lr_warmup": 3}}, r"did you mean lr_warmup_steps\?"),
+        ({"schedule": {"lr_decay_style": "cosine"}}, r"lr_decay_steps is needed"),
+        ({"schedule": {"lr_warmup_steps": 9, "lr_decay_steps": 3}}, "megatron-core refuses"),
+    ],
+)
+def test_options_that_megatron_core_does_not_take_are_refused(
+    directory: pathlib.Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_learner(directory, **changes)
+
+
+def test_weights_of_another_dtype_than_the_config_says_are_refused(directory: pathlib.Path) -> None:
+    text = (directory / "config.json").read_text()
+    (directory / "config.json").write_text(text.replace('"float32"', '"bfloat16"'))
+    with pytest.raises(WeightsError, match=r"says torch\.bfloat16 .* has torch\.float32"):
+        make_learner(directory)
+
+
+def test_a_batch_that_is_not_well_formed_is_refused(directory: pathlib.Path) -> None:
+    learner, batch = make_learner(directory), make_batch(0)
+    for changes, message in (
+        ({"lengths": batch.lengths[:-1]}, "lengths must be positive and sum to"),
+        ({"token_ids": batch.token_ids + 64}, r"token ids must be in \[0, 64\)"),
+        ({"advantages": batch.advantages[:-1]}, "advantages must have one value"),
+        ({"loss_weights": np.ones_like(batch.loss_weights)}, "first token"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            learner.train_step(spoiled(batch, **changes), PPO)
+    with pytest.raises(ValueError, match="256 positions"):
+        learner.logprobs([np.zeros(257, np.int32)], 1.0)
