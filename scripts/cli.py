@@ -1,0 +1,85 @@
+"""The console script `stream-rl`."""
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+import click
+
+from stream_rl import config
+from stream_rl.errors import StreamRLError
+
+HEADLINES = (
+    "steps", "reward_first", "reward_last", "heldout_first", "heldout_last", "generated_tokens", "trained_tokens",
+    "streamed_before_end", "token_age_mean", "token_age_max", "masked_share", "generation_pauses", "aborted_requests",
+    "update_stall_ms_p50", "update_stall_ms_p99", "decode_step_ms_p50", "plugin_cpu_share", "conserved", "wall_s",
+)  # fmt: skip
+
+
+@click.group()
+def cli() -> None:
+    """Fully asynchronous streaming RL for LLM post-training."""
+
+
+@cli.command()
+@click.argument("recipe", type=click.Path(exists=True, dir_okay=False))
+@click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
+def train(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Train by a RECIPE (a TOML file), with any of its keys overridden."""
+    from scripts.train import train as run
+
+    loaded = config.load(recipe, overrides)
+    summary = run(loaded)
+    _print_summary(loaded, summary)
+
+
+@cli.group()
+def model() -> None:
+    """Model directories."""
+
+
+@model.command()
+@click.argument("directory", type=click.Path(path_type=pathlib.Path))
+@click.option("--seed", default=0, show_default=True)
+def tiny(directory: pathlib.Path, seed: int) -> None:
+    """Make the quick start's model and tokenizer in DIRECTORY, with random weights; keep one that is there."""
+    from scripts import tiny_model
+
+    if (directory / "model.safetensors").exists():
+        click.echo(f"{directory} is there already")
+        return
+    tiny_model.create(directory, seed=seed)
+    click.echo(f"made {directory}")
+
+
+def _print_summary(recipe: config.Recipe, summary: dict[str, Any]) -> None:
+    directory = recipe.run_directory
+    click.echo(f"\n{recipe.run.name} is done.")
+    for name in HEADLINES:
+        value = summary.get(name)
+        click.echo(f"  {name:24} {value:.4g}" if isinstance(value, float) else f"  {name:24} {value}")
+    same = summary.get("weights_hash_engine") == summary.get("weights_hash_learner")
+    click.echo(f"  {'weights':24} engine and learner hold {'the same bits' if same else 'DIFFERENT BITS'}")
+    click.echo(f"  {'dropped':24} {json.dumps(summary.get('dropped', {}))}")
+    click.echo(f"\n  all figures   {directory}/summary.json\n  plots         {directory}/report.png")
+    click.echo(f"  metrics       {directory}/metrics.jsonl\n  checkpoint    {directory}/checkpoints/final")
+
+
+def main() -> None:
+    """Errors of ours end in one clear line; everything else is a bug and shows its traceback."""
+    try:
+        cli(standalone_mode=False)
+    except StreamRLError as error:
+        click.echo(f"stream-rl: {error}", err=True)
+        sys.exit(1)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("stream-rl: stopped; every process of the run has ended", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

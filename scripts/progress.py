@@ -1,0 +1,90 @@
+"""What a person sees while a run goes on: a live panel on a terminal, plain lines elsewhere."""
+
+import math
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+RATE_WINDOW_SECONDS = 10.0
+
+
+class Dashboard:
+    """Shows the newest status of a run.  `phase` names what is going on before and after the steps."""
+
+    def __init__(self, name: str, steps: int, plain_seconds: float) -> None:
+        self._steps, self._plain_seconds = steps, plain_seconds
+        self._console = Console()
+        self._bar = Progress(
+            TextColumn(f"[bold]{name}[/bold] {{task.description}}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} steps"),
+            TimeElapsedColumn(),
+        )
+        self._task = self._bar.add_task("starting", total=steps)
+        self._live = Live(self._bar, console=self._console, refresh_per_second=4) if self._console.is_terminal else None
+        self._samples: list[tuple[float, float, float]] = []
+        self._first_step: tuple[float, float] | None = None
+        self._printed = 0.0
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.__exit__(kind, error, trace)
+
+    def phase(self, text: str) -> None:
+        """Say what is going on now."""
+        self._bar.update(self._task, description=text)
+        if not self._live:
+            self._console.print(f"  {text}", highlight=False)
+
+    def update(self, status: Mapping[str, Any], reward: float | None) -> None:
+        """A new status of the queue (as `queues.summary` makes it), and the newest step's mean reward."""
+        now, step = time.monotonic(), float(status.get("steps", 0))
+        self._samples.append((now, float(status.get("generated_tokens", 0)), float(status.get("trained_tokens", 0))))
+        while self._samples[0][0] < now - RATE_WINDOW_SECONDS:
+            self._samples.pop(0)
+        if step >= 1 and self._first_step is None:
+            self._first_step = (now, step)
+        self._bar.update(self._task, completed=step, description="training" if step < self._steps else "finishing")
+        row = self._row(status, reward, now, step)
+        if self._live:
+            table = Table(*row, box=None, padding=(0, 2, 0, 0))
+            table.add_row(*row.values())
+            self._live.update(Group(self._bar, table))
+        elif now - self._printed >= self._plain_seconds:
+            self._printed = now
+            self._console.print("  " + "  ".join(f"{k} {v}" for k, v in row.items()), highlight=False, soft_wrap=True)
+
+    def _row(self, status: Mapping[str, Any], reward: float | None, now: float, step: float) -> dict[str, str]:
+        start = self._samples[0]
+        seconds = max(now - start[0], 1e-9)
+        generated, trained = (self._samples[-1][i] - start[i] for i in (1, 2))
+        left = "?"
+        if self._first_step is not None and step > self._first_step[1]:
+            pace = (now - self._first_step[0]) / (step - self._first_step[1])
+            left = f"{pace * (self._steps - step):.0f} s"
+        states = status.get("groups", {})
+        return {
+            "step": f"{step:.0f}/{self._steps}",
+            "reward": "-" if reward is None or math.isnan(reward) else f"{reward:.3f}",
+            "generated": f"{generated / seconds:.0f} tok/s",
+            "trained": f"{trained / seconds:.0f} tok/s",
+            "age": f"{float(status.get('token_age_mean', 0) or 0):.2f} (max {status.get('token_age_max', 0)})",
+            "groups": " ".join(f"{states[name]} {name.replace('_', ' ')}" for name in states if states[name]) or "-",
+            "left": left,
+        }
+
+    def print(self, text: str) -> None:
+        self._console.print(text, highlight=False)
