@@ -93,13 +93,14 @@ class LearnerLoop:
         recipe, timeout = self._recipe, self._recipe.supervise.peer_timeout_s
         version = Version(0, 0)
         await self._hand_over(version)
-        started, waited, busy = time.perf_counter(), 0.0, 0.0
+        started, waited, busy = 0.0, 0.0, 0.0
         for step in range(recipe.run.steps):
             version = Version(0, step)
             asked = time.perf_counter()
             lease = await self._queue.request(LeaseRequest(step=version), Lease, recipe.queue.lease_timeout_s)
             leased = time.perf_counter()
             waited += leased - asked
+            started = started or leased  # waiting for engines to start is not idleness
             batch = training_batch(lease, recipe.algorithm, recipe.queue.max_token_age, recipe.rollout.temperature)
             metrics = await asyncio.to_thread(self._engine.train_step, batch, self._loss)
             trained = time.perf_counter()

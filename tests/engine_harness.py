@@ -19,8 +19,17 @@ import torch
 
 from engines.weights.chain import snapshot_parts
 from stream_rl import config
-from stream_rl.messages import Chunks, ChunksAck, EngineStats, EngineVerified, Hello, LearnerDone, SnapshotTaken
-from stream_rl.messages import VersionReport, Welcome
+from stream_rl.messages import (
+    Chunks,
+    ChunksAck,
+    EngineStats,
+    EngineVerified,
+    Hello,
+    LearnerDone,
+    SnapshotTaken,
+    VersionReport,
+    Welcome,
+)
 from stream_rl.transport import Dealer, Router
 from stream_rl.types import Version
 
@@ -98,7 +107,18 @@ class EngineHarness:
         log = (self.directory / f"{name}.log").open("wb")
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
         environment["OMP_NUM_THREADS"] = "1"
-        command = [sys.executable, "-m", module, *arguments, "--run-id", RUN, "--incarnation", "1", "--ready-fd", str(write)]
+        command = [
+            sys.executable,
+            "-m",
+            module,
+            *arguments,
+            "--run-id",
+            RUN,
+            "--incarnation",
+            "1",
+            "--ready-fd",
+            str(write),
+        ]
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[write], start_new_session=True, env=environment
         )
@@ -192,7 +212,9 @@ class EngineHarness:
     def learner_done(self, version: Version) -> None:
         self.call(self._learner.send(LearnerDone(final=version, weights_hash="")))
 
-    async def generate(self, rid: str | None, prompt: list[int], max_new_tokens: int, **sampling: Any) -> dict[str, Any]:
+    async def generate(
+        self, rid: str | None, prompt: list[int], max_new_tokens: int, **sampling: Any
+    ) -> dict[str, Any]:
         body = {
             "input_ids": prompt,
             "sampling_params": {"max_new_tokens": max_new_tokens, "temperature": 1.0, "ignore_eos": True, **sampling},

@@ -25,13 +25,14 @@ class Counters:
         self.hook_cpu_seconds = 0.0
         self.thread_cpu_seconds = 0.0
         self.busy_seconds = 0.0
-        """Wall time of event-loop turns that ran a batch."""
-        self.started = time.perf_counter()
+        """Wall time of event-loop turns that ran a batch, since the run's first request."""
+        self._started: float | None = None
+        """When the run's first request was admitted."""
         self._cpu_started = time.process_time()
         """Imports and model loading are not the scheduler's work."""
         self.decode_step_seconds = Histogram()
         """From one decode launch to the next, while nothing else came between."""
-        self._turn_started = self.started
+        self._turn_started = 0.0
         self._turn_ran_batch = False
         self._last_decode: float | None = None
 
@@ -46,11 +47,16 @@ class Counters:
 
     def turn(self, now: float) -> None:
         """The scheduler's event loop begins a turn."""
-        if self._turn_ran_batch:
+        if self._turn_ran_batch and self._started is not None:
             self.busy_seconds += now - self._turn_started
         else:
             self._last_decode = None
         self._turn_started, self._turn_ran_batch = now, False
+
+    def admitted(self, now: float) -> None:
+        """A request of the run came in; the clock of busy and wall time starts with the first."""
+        if self._started is None:
+            self._started = now
 
     def launch(self, now: float, decode: bool) -> None:
         """A batch is launched."""
@@ -72,5 +78,5 @@ class Counters:
             "thread_cpu_seconds": self.thread_cpu_seconds,
             "scheduler_cpu_seconds": time.process_time() - self._cpu_started,
             "busy_seconds": self.busy_seconds,
-            "wall_seconds": time.perf_counter() - self.started,
+            "wall_seconds": time.perf_counter() - self._started if self._started is not None else 0.0,
         }

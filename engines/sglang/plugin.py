@@ -206,6 +206,7 @@ def register() -> None:
         # Chosen here and not by the client, whose choice would race with a commit.  No prefix hit crosses a key.
         if plugin.stream.owns(request.rid):
             request.extra_key = f"version {plugin.weights.version}"
+            plugin.counters.admitted(time.perf_counter())
 
     @_guarded
     def paused(plugin: Plugin, *_: Any, **__: Any) -> None:

@@ -39,6 +39,8 @@ class _Engine:
     """The version that it last said was live."""
     peers: dict[int, bytes] = field(default_factory=dict)
     """Identity of each rank that has said hello."""
+    claims: dict[int, str] = field(default_factory=dict)
+    """Fingerprint that each rank's hello stated for `held`; emptied once it was compared."""
     update: Update | None = None
     sent_at: float = 0.0
     staged: set[int] = field(default_factory=set)
@@ -92,12 +94,7 @@ class Delivery:
         engine.peers[hello.rank] = peer
         engine.update, engine.verifying = None, False
         engine.held = hello.version
-        if self._chain.version is None:
-            return []
-        # with one rank its fingerprint is that of the whole model; sums of several are added when a version is live
-        if hello.ranks == 1 and self._chain.hashes.get(hello.version) != hello.weights_hash:
-            log.warning("%s does not hold version %s bit for bit; it gets an anchor", hello.engine, hello.version)
-            return self._send(engine, self._chain.anchor())
+        engine.claims[hello.rank] = hello.weights_hash
         return self._next(engine)
 
     def _next(self, engine: _Engine) -> Outgoing:
@@ -105,6 +102,12 @@ class Delivery:
             return []
         if self._chain.version is None:
             return []
+        if engine.claims:
+            claimed = _total(list(engine.claims.values()))
+            engine.claims.clear()
+            if claimed != self._chain.hashes.get(engine.held):
+                log.warning("%s does not hold version %s bit for bit; it gets an anchor", engine.name, engine.held)
+                return self._send(engine, self._chain.anchor())
         update = self._chain.update_from(engine.held)
         if update is not None:
             return self._send(engine, update)
@@ -139,7 +142,7 @@ class Delivery:
         if len(engine.live) < engine.ranks:
             return []
         ranks = list(engine.live.values())
-        total = f"{sum(int(rank.weights_hash, 16) for rank in ranks) % (1 << 64):016x}"
+        total = _total([rank.weights_hash for rank in ranks])
         matches = total == self._chain.hashes[update.target] and not any(rank.problem for rank in ranks)
         self.reports.append(
             VersionReport(
@@ -180,11 +183,7 @@ class Delivery:
         if len(engine.hashes) < engine.ranks:
             return []
         engine.verifying = False
-        texts = [each.weights_hash for each in engine.hashes.values()]
-        try:
-            total = f"{sum(int(text, 16) for text in texts) % (1 << 64):016x}"
-        except ValueError:
-            total = "; ".join(texts)
+        total = _total([each.weights_hash for each in engine.hashes.values()])
         expected = self._chain.hashes[report.version]
         self.reports.append(
             EngineVerified(engine=engine.name, version=report.version, weights_hash=total, expected=expected)
@@ -196,3 +195,11 @@ class Delivery:
         if self.final == engine.held:
             return []
         return self._next(engine)
+
+
+def _total(hashes: list[str]) -> str:
+    """Fingerprint of a model from those of its ranks; what a rank could not compute stays readable."""
+    try:
+        return f"{sum(int(each, 16) for each in hashes) % (1 << 64):016x}"
+    except ValueError:
+        return "; ".join(hashes)

@@ -1,0 +1,135 @@
+"""A real learner takes real steps, a real engine follows it live: same log-probs, same bits as a fresh engine."""
+
+import json
+import pathlib
+from collections.abc import Iterator
+
+import marked_model
+import numpy as np
+import pytest
+import torch
+from engine_harness import RUN, EngineHarness, logprob_gap
+
+from algorithms.losses import cross_entropy
+from engines.megatron.learner import MegatronLearner
+from engines.weights import fingerprint
+from stream_rl.config import Learner
+from stream_rl.types import TrainingBatch, Version, make_rid
+
+pytestmark = pytest.mark.server
+UPDATES = 20
+
+
+def demonstration(step: int) -> TrainingBatch:
+    generator = np.random.default_rng(step)
+    lengths = generator.integers(4, 40, 6).astype(np.int32)
+    tokens = int(lengths.sum())
+    weights = np.full(tokens, 1 / tokens, np.float32)
+    weights[np.cumsum(lengths) - lengths] = 0
+    return TrainingBatch(
+        token_ids=generator.integers(1, 120, tokens).astype(np.int32),
+        lengths=lengths,
+        behavior_logprobs=np.zeros(tokens, np.float32),
+        advantages=np.zeros(tokens, np.float32),
+        loss_weights=weights,
+        temperature=1.0,
+    )
+
+
+@pytest.fixture(scope="module")
+def learner(tmp_path_factory: pytest.TempPathFactory) -> MegatronLearner:
+    directory = tmp_path_factory.mktemp("tied") / "model"
+    marked_model.write(directory, marked_model.random_weights(3, tied=True))
+    return MegatronLearner(directory, Learner(optimizer={"lr": 1e-3}), 0)
+
+
+@pytest.fixture(scope="module")
+def following(
+    tmp_path_factory: pytest.TempPathFactory, learner: MegatronLearner
+) -> Iterator[tuple[EngineHarness, pathlib.Path]]:
+    """An engine after 20 live updates, with requests running all the while; and the learner's checkpoint."""
+    directory = tmp_path_factory.mktemp("following")
+    harness = EngineHarness(directory, learner.model_dir)
+    try:
+        harness.start()
+        harness.publish(Version(0, 0), learner.named_weights())
+        rids = [make_rid(RUN, 0, member, 0) for member in range(8)]
+        answers = harness.start_many([harness.generate(rid, [1, 2, 3], 700) for rid in rids])
+        for step in range(UPDATES):
+            learner.train_step(demonstration(step), cross_entropy)
+            harness.publish(Version(0, step + 1), learner.named_weights())
+            # each is to land by itself: an engine that fell behind would be brought up by an anchor
+            harness.wait(lambda count=step + 1: len(harness.reports) == count, f"update {step + 1}")
+        answers.result(120)
+        checkpoint = directory / "checkpoint"
+        learner.save(checkpoint)
+        yield harness, checkpoint
+    finally:
+        harness.stop()
+
+
+def prompt_logprobs(harness: EngineHarness) -> list[float]:
+    """What the engine makes of fixed prompts, alone in their batch: the same bits for the same weights."""
+    values = []
+    for i in range(4):
+        prompt = [1 + (11 * i + 3 * j) % 110 for j in range(20 + 30 * i)]
+        body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
+        answer = json.loads(harness.call(harness.post("/generate", **body, return_logprob=True, logprob_start_len=0)))
+        values += [entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]]
+    return values
+
+
+def full_hash(harness: EngineHarness, version: Version) -> str:
+    """Fingerprint recomputed from all live parameters of the engine."""
+    harness.learner_done(version)
+    harness.wait(lambda: bool(harness.verified), "the full recomputation")
+    return harness.verified[-1].weights_hash
+
+
+def test_updates_came_live_while_requests_ran(following: tuple[EngineHarness, pathlib.Path]) -> None:
+    harness, _ = following
+    assert all(report.hash_matches and not report.anchor for report in harness.reports)
+    versions = {version for stream in harness.streams.values() for version in stream.versions}
+    assert len(versions) > 5
+
+
+def test_log_probs_equal_the_learners_tied(
+    following: tuple[EngineHarness, pathlib.Path], learner: MegatronLearner
+) -> None:
+    harness, _ = following
+    prompts = [[1 + (5 * i + j) % 100 for j in range(2 + 11 * i)] for i in range(6)]
+    rids = [make_rid(RUN, 1, member, 0) for member in range(6)]
+    harness.start_many([
+        harness.generate(rid, prompt, 40, temperature=0) for rid, prompt in zip(rids, prompts, strict=True)
+    ]).result(60)  # fmt: skip
+    harness.wait(lambda: all(harness.streams[rid].finish for rid in rids), "the finishes")
+    whole = [np.array(p + harness.streams[r].token_ids, np.int32) for p, r in zip(prompts, rids, strict=True)]
+    for rid, prompt, logprobs in zip(rids, prompts, learner.logprobs(whole, 1.0), strict=True):
+        assert harness.streams[rid].versions == [Version(0, UPDATES)] * 40
+        assert logprob_gap(harness.streams[rid].logprobs, logprobs[len(prompt) :].tolist()) < 1e-4
+
+
+def test_the_followed_weights_are_those_of_a_fresh_engine_bit_for_bit(
+    following: tuple[EngineHarness, pathlib.Path], learner: MegatronLearner, tmp_path: pathlib.Path
+) -> None:
+    harness, checkpoint = following
+    live_hash, live_logprobs = full_hash(harness, Version(0, UPDATES)), prompt_logprobs(harness)
+    assert live_hash == fingerprint.text(fingerprint.model_sum(learner.named_weights()))
+    fresh = EngineHarness(tmp_path, checkpoint)
+    try:
+        fresh.start()
+        assert prompt_logprobs(fresh) == live_logprobs
+        fresh.publish(Version(0, 0), learner.named_weights())
+        assert full_hash(fresh, Version(0, 0)) == live_hash
+        assert fresh.reports == [], "it needed no update to hold these bits"
+
+        # both comparisons can fail: one bit of one element
+        changed = {name: tensor.clone() for name, tensor in learner.named_weights()}
+        changed["model.layers.1.self_attn.v_proj.weight"].view(torch.int32)[3, 5] ^= 1 << 12
+        fresh.publish(Version(0, 1), changed.items())
+        fresh.wait(lambda: len(fresh.reports) == 1, "the changed element")
+        assert fresh.reports[0].changed == 1
+        assert fresh.reports[0].weights_hash != live_hash
+        assert prompt_logprobs(fresh) != live_logprobs
+    finally:
+        fresh.stop()
