@@ -93,26 +93,26 @@ class LearnerLoop:
         recipe, timeout = self._recipe, self._recipe.supervise.peer_timeout_s
         version = Version(0, 0)
         await self._hand_over(version)
-        started, waited, busy = 0.0, 0.0, 0.0
+        waited, busy, settled = 0.0, 0.0, 0.0
         for step in range(recipe.run.steps):
             version = Version(0, step)
             asked = time.perf_counter()
             lease = await self._queue.request(LeaseRequest(step=version), Lease, recipe.queue.lease_timeout_s)
             leased = time.perf_counter()
             waited += leased - asked
-            started = started or leased  # waiting for engines to start is not idleness
+            settled = settled or leased  # waiting for engines to start is not idleness
             batch = training_batch(lease, recipe.algorithm, recipe.queue.max_token_age, recipe.rollout.temperature)
             metrics = await asyncio.to_thread(self._engine.train_step, batch, self._loss)
             trained = time.perf_counter()
             busy += trained - leased
             metrics |= {
                 "wait_seconds": leased - asked,
-                "step_seconds": trained - leased,
-                "busy_seconds": busy,
-                "wall_seconds": trained - started,
+                "busy_seconds": trained - leased,
+                "wall_seconds": trained - settled,
                 "tokens": float(len(lease.token_ids)),
                 "trained_tokens": float(lease.trainable.sum()),
             }
+            settled = trained
             outcome = "skipped" if metrics.get("skipped") else "trained"
             metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
             # the queue must know that a version exists before an engine can sample with it
@@ -163,8 +163,8 @@ async def main(options: argparse.Namespace) -> None:
     recipe = config.load(options.recipe)
     engine = await asyncio.to_thread(MegatronLearner, recipe.model.path, recipe.learner, recipe.run.seed)
     async with (
-        Dealer.connect(options.queue, NAME) as queue,
-        Dealer.connect(options.publisher, NAME) as publisher,
+        Dealer.connect(options.queue, f"{NAME}@{options.incarnation}") as queue,
+        Dealer.connect(options.publisher, f"{NAME}@{options.incarnation}") as publisher,
     ):
         hello = Hello(run=options.run_id, role="learner", name=NAME, incarnation=options.incarnation, pid=os.getpid())
         await queue.request(hello, Welcome, recipe.supervise.peer_timeout_s)

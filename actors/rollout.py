@@ -248,7 +248,7 @@ async def main(options: argparse.Namespace) -> None:
             await stack.enter_async_context(EngineClient(name, address, rollout.request_timeout_s))
             for name, _, address in (text.partition("=") for text in options.engine)
         ]
-        queue = await stack.enter_async_context(Dealer.connect(options.queue, NAME))
+        queue = await stack.enter_async_context(Dealer.connect(options.queue, f"{NAME}@{options.incarnation}"))
         await queue.send(
             Hello(run=options.run_id, role="actor", name=NAME, incarnation=options.incarnation, pid=os.getpid())
         )

@@ -75,13 +75,15 @@ class Dashboard:
         if self._first_step is not None and step > self._first_step[1]:
             pace = (now - self._first_step[0]) / (step - self._first_step[1])
             left = f"{pace * (self._steps - step):.0f} s"
-        states = status.get("groups", {})
+        states = status.get("queue", {}).get("groups", {})
+        age = float(status.get("token_age_mean", 0.0))
+        age = 0.0 if math.isnan(age) else age
         return {
             "step": f"{step:.0f}/{self._steps}",
             "reward": "-" if reward is None or math.isnan(reward) else f"{reward:.3f}",
             "generated": f"{generated / seconds:.0f} tok/s",
             "trained": f"{trained / seconds:.0f} tok/s",
-            "age": f"{float(status.get('token_age_mean', 0) or 0):.2f} (max {status.get('token_age_max', 0)})",
+            "age": f"{age:.2f} (max {status.get('token_age_max', 0)})",
             "groups": " ".join(f"{states[name]} {name.replace('_', ' ')}" for name in states if states[name]) or "-",
             "left": left,
         }

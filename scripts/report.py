@@ -1,6 +1,7 @@
 """`report.png`: reward, staleness and throughput of a run over time, from its metrics file."""
 
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -17,6 +18,11 @@ def read(directory: pathlib.Path) -> tuple[list[dict[str, Any]], list[dict[str, 
     return [r for r in lines if r["kind"] == "step"], [r for r in lines if r["kind"] == "status"]
 
 
+def _number(value: float | None) -> float:
+    """JSON has no NaN; matplotlib has."""
+    return math.nan if value is None else value
+
+
 def plot(directory: pathlib.Path) -> pathlib.Path:
     """Draw the three panels; the file's path."""
     steps, statuses = read(directory)
@@ -24,17 +30,17 @@ def plot(directory: pathlib.Path) -> pathlib.Path:
     figure.suptitle(directory.name)
     times = [r["wall_s"] for r in steps]
 
-    reward.plot(times, [r["reward_mean"] for r in steps], ".-", label="mean over all finished trajectories, per step")
+    reward.plot(times, [_number(r["reward_mean"]) for r in steps], ".-", label="mean over all finished trajectories, per step")
     reward.set(ylabel="reward", ylim=(-0.02, 1.02))
     reward.legend(loc="lower right")
 
-    age.plot(times, [r["token_age_mean"] for r in steps], ".-", label="mean age of trained tokens")
+    age.plot(times, [_number(r["token_age_mean"]) for r in steps], ".-", label="mean age of trained tokens")
     age.plot(times, [r["token_age_max"] for r in steps], ".", label="oldest trained token")
     age.set(ylabel="age (versions)")
     age.legend(loc="upper right")
 
     for name, label in (("received_tokens", "generated"), ("trained_tokens", "trained")):
-        points = [(r["wall_s"], r.get(name, 0.0)) for r in statuses]
+        points = [(r["wall_s"], r.get(name) or 0.0) for r in statuses]
         window = 5  # statuses come once a second; five smooth over the learner's steps
         pairs = list(zip(points, points[window:], strict=False))
         rate.plot([b[0] for a, b in pairs], [(b[1] - a[1]) / max(b[0] - a[0], 1e-9) for a, b in pairs], label=label)

@@ -23,7 +23,7 @@ from scripts.report import plot
 from stream_rl import config
 from stream_rl.errors import StreamRLError
 from stream_rl.messages import Hello, Refused, Shutdown, Status, StatusRequest, StepRecord, Welcome
-from stream_rl.metrics import JsonLines, unflatten
+from stream_rl.metrics import JsonLines, finite, unflatten
 from stream_rl.transport import Dealer
 
 INCARNATION = 1
@@ -39,7 +39,7 @@ def train(recipe: config.Recipe) -> dict[str, Any]:
     directory = fresh_directory(recipe.run_directory)
     with Dashboard(recipe.run.name, recipe.run.steps, recipe.supervise.plain_progress_s) as dashboard:
         summary = asyncio.run(_Run(recipe, directory, dashboard).run())
-    (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (directory / "summary.json").write_text(json.dumps(finite(summary), indent=2) + "\n")
     plot(directory)
     return summary
 

@@ -50,6 +50,15 @@ def quantile(values: list[float], q: float) -> float:
     return sorted(values)[min(len(values) - 1, max(0, math.ceil(q * len(values)) - 1))]
 
 
+def finite(tree: Any) -> Any:
+    """The same tree with null for NaN and infinities, which JSON does not have."""
+    if isinstance(tree, Mapping):
+        return {key: finite(value) for key, value in tree.items()}
+    if isinstance(tree, float) and not math.isfinite(tree):
+        return None
+    return tree
+
+
 class JsonLines:
     """Appends one JSON object a line; each line is flushed, so a reader may follow."""
 
@@ -57,7 +66,7 @@ class JsonLines:
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps(finite(record)) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -95,5 +104,5 @@ def unflatten(numbers: Mapping[str, float], strings: Mapping[str, str]) -> dict[
         if isinstance(value, str):
             node[leaf] = {"true": True, "false": False}.get(value, value)
         else:
-            node[leaf] = int(value) if float(value).is_integer() and not isinstance(value, int) else value
+            node[leaf] = int(value) if float(value).is_integer() else value
     return tree

@@ -99,9 +99,9 @@ class PluginThread:
         s = self._settings
         self._hub = hub = ThreadHub()
         if self._rank == 0:
-            hub.connect(QUEUE, s.queue_address, s.engine)
+            hub.connect(QUEUE, s.queue_address, f"{s.engine}@{s.incarnation}")
             hub.send(QUEUE, self._hello())
-        hub.connect(PUBLISHER, s.publisher_address, f"{s.engine}/{self._rank}")
+        hub.connect(PUBLISHER, s.publisher_address, f"{s.engine}/{self._rank}@{s.incarnation}")
         hub.send(PUBLISHER, self._engine_hello())
         next_stats = 0.0
         while True:

@@ -84,7 +84,7 @@ async def main(arguments: argparse.Namespace) -> None:
     recipe = config.load(arguments.recipe)
     async with (
         Router.bind("tcp://127.0.0.1:0") as router,
-        Dealer.connect(arguments.queue, NAME) as queue,
+        Dealer.connect(arguments.queue, f"{NAME}@{arguments.incarnation}") as queue,
     ):
         await queue.send(
             Hello(

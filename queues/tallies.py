@@ -1,0 +1,202 @@
+"""What the queue has seen, for progress, metrics and the summary.  Counts only: nothing here decides anything."""
+
+import math
+import re
+from array import array
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from queues.trajectories import Trajectory
+from stream_rl.messages import (
+    Applied,
+    CloseTrajectory,
+    EngineStats,
+    EngineVerified,
+    Evaluated,
+    LearnerDone,
+    Lease,
+    VersionReport,
+)
+from stream_rl.metrics import Histogram
+from stream_rl.types import Version
+
+_BUCKET = re.compile(r"-?[0-9]{1,4}")
+MAX_NAMES = 64
+"""Names that peers may make us count under; bounds memory."""
+
+
+@dataclass(slots=True)
+class Window:
+    """Trajectories that finished while one step was awaited, before any filter."""
+
+    finished: int = 0
+    rewards: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+    sampled: int = 0
+
+    @property
+    def reward_mean(self) -> float:
+        return self.rewards / self.finished if self.finished else math.nan
+
+
+@dataclass(slots=True)
+class Settled:
+    """What became of one lease's tokens."""
+
+    trained: int
+    masked: dict[str, int]
+    ages: Counter[int]
+    """Of the trained tokens."""
+
+    @property
+    def sampled(self) -> int:
+        return self.trained + sum(self.masked.values())
+
+
+class Tallies:
+    def __init__(self) -> None:
+        self.refused: Counter[str] = Counter()
+        """Messages and chunk rows that changed nothing, by reason."""
+        self.last_refusal = ""
+        self.cancelled: Counter[str] = Counter({"run_end": 0})
+        """Trajectories whose generation somebody of ours stopped, by reason."""
+        self.aborted = 0
+        """Segments that an engine aborted and that nobody cancelled."""
+        self.streamed_before_end = 0
+        """Tokens that came in rows without a finish."""
+        self.windows: list[Window] = [Window()]
+        """One for each applied step, and one for the step being awaited."""
+        self.steps = 0
+        self.skipped = 0
+        self.short_leases = 0
+        """Leases below min_tokens, because whole groups did not fit beside each other."""
+        self.trained = 0
+        self.masked: Counter[str] = Counter()
+        self.ages: Counter[int] = Counter()
+        self.learner_busy_s = 0.0
+        self.learner_wall_s = 0.0
+        self.engine_counters: dict[tuple[str, int], dict[str, float]] = {}
+        """By (engine, incarnation): counters start anew with each incarnation."""
+        self.engine_histograms: dict[tuple[str, int], dict[str, dict[str, int]]] = {}
+        self.actor_counters: dict[tuple[str, int], dict[str, float]] = {}
+        self.stalls_ms = array("d")
+        self.versions: set[Version] = set()
+        """Versions that became live in an engine."""
+        self.delta_bytes = 0
+        self.full_bytes = 0
+        self.anchors = 0
+        self.hash_mismatches = 0
+        self.verified: dict[str, EngineVerified] = {}
+        """The last full recomputation of each engine."""
+        self.evaluated: dict[str, float] = {}
+        """Mean held-out reward by label."""
+        self.learner_done: LearnerDone | None = None
+
+    # -- trajectories ------------------------------------------------------------------------------------------
+
+    def finished(self, close: CloseTrajectory) -> None:
+        window = self.windows[-1]
+        window.finished += 1
+        window.rewards += close.reward
+        window.sampled += close.num_sampled
+        for name, value in close.reward_parts.items():
+            name = count_name(window.parts, name)
+            window.parts[name] = window.parts.get(name, 0.0) + value
+
+    def cancel(self, trajectory: Trajectory, reason: str) -> None:
+        """Its generation is being stopped by us; an abort of its request needs no other explanation."""
+        if not trajectory.cancelled:
+            trajectory.cancelled = True
+            self.cancelled[count_name(self.cancelled, reason)] += 1
+
+    def explain_abort(self, trajectory: Trajectory) -> None:
+        """The engine said that it aborted a trajectory which was dropped already: its actor had given up on it, and
+        the abort is that cancellation reaching the engine; otherwise nobody asked for it."""
+        if trajectory.failed:
+            self.cancel(trajectory, trajectory.reason)
+        elif not trajectory.cancelled:
+            self.aborted += 1
+
+    # -- steps -------------------------------------------------------------------------------------------------
+
+    def applied(self, event: Applied, settled: Settled) -> None:
+        self.steps += 1
+        self.skipped += event.outcome != "trained"
+        self.trained += settled.trained
+        self.masked.update(settled.masked)
+        self.ages.update(settled.ages)
+        self.learner_busy_s += event.metrics.get("busy_seconds", 0.0)
+        self.learner_wall_s += event.metrics.get("wall_seconds", 0.0)
+        self.windows.append(Window())
+
+    # -- reports -----------------------------------------------------------------------------------------------
+
+    def engine_stats(self, stats: EngineStats) -> None:
+        key = (stats.engine, stats.incarnation)
+        self.engine_counters[key] = stats.counters
+        self.engine_histograms[key] = stats.histograms
+
+    def engine_counter(self, name: str) -> float:
+        return sum(counters.get(name, 0.0) for counters in self.engine_counters.values())
+
+    def engine_histogram(self, name: str) -> Histogram:
+        merged = Histogram()
+        for histograms in self.engine_histograms.values():
+            merged.merge(histograms.get(name, {}))
+        return merged
+
+    def version_report(self, report: VersionReport) -> None:
+        self.stalls_ms.append(1000 * report.stall_seconds)
+        self.versions.add(report.version)
+        self.hash_mismatches += not report.hash_matches
+        if report.anchor:
+            self.anchors += 1
+        else:
+            self.delta_bytes += report.update_bytes
+            self.full_bytes += report.full_bytes
+
+    def engine_verified(self, verified: EngineVerified) -> None:
+        self.hash_mismatches += verified.weights_hash != verified.expected
+        held = self.verified.get(verified.engine)
+        if held is None or verified.version >= held.version:
+            self.verified[verified.engine] = verified
+
+    def evaluation(self, event: Evaluated) -> None:
+        self.evaluated[event.label] = float(event.rewards.mean()) if event.rewards.size else math.nan
+
+
+def settle(lease: Lease, outcome: str) -> Settled:
+    """What becomes of a lease's sampled tokens when its step ends in `outcome`."""
+    trainable = lease.trainable != 0
+    sampled, unmasked = int(np.count_nonzero(lease.sampled)), int(np.count_nonzero(trainable))
+    masked = {"too_old": sampled - unmasked}
+    if outcome != "trained":
+        return Settled(0, masked | {"skipped": unmasked}, Counter())
+    ages, counts = np.unique(lease.ages[trainable], return_counts=True)
+    return Settled(unmasked, masked, Counter(dict(zip(ages.tolist(), counts.tolist(), strict=True))))
+
+
+def stats_problem(stats: EngineStats) -> str:
+    """Why an engine's statistics cannot be summed, or ""."""
+    if len(stats.counters) > MAX_NAMES or len(stats.histograms) > MAX_NAMES:
+        return f"expected at most {MAX_NAMES} names, got {len(stats.counters)} and {len(stats.histograms)}"
+    for name, value in stats.counters.items():
+        if not math.isfinite(value):
+            return f"counter {name!r} is {value}"
+    for name, counts in stats.histograms.items():
+        for bucket, count in counts.items():
+            if bucket != "zero" and not _BUCKET.fullmatch(bucket):
+                return f"histogram {name!r} has a bucket {bucket!r}"
+            if count < 0:
+                return f"histogram {name!r} counts {count} in bucket {bucket!r}"
+    return ""
+
+
+def count_name(counter: Mapping[str, float], name: str) -> str:
+    """The name to count under: names come from peers, so their number and length are bounded, and dots would split
+    them where names are dotted."""
+    name = name[:MAX_NAMES].replace(".", "_") or "failed"
+    return name if name in counter or len(counter) < MAX_NAMES else "other"

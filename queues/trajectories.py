@@ -1,0 +1,86 @@
+"""What the queue holds: groups of trajectories while their tokens arrive and until they are trained.
+
+A trajectory's tokens and log-probs are kept as growing byte strings (4 bytes a token each, no object per chunk) and
+its versions as runs; they become arrays once, when the group is leased.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from queues.ledger import State
+from stream_rl.types import Int32Array
+
+
+@dataclass(slots=True, eq=False)
+class Trajectory:
+    group: "Group"
+    member: int
+    rid: str
+    """Of its one segment."""
+    state: State = State.IN_FLIGHT
+    reason: str = ""
+    """Why it was dropped."""
+    engine: str = ""
+    """The engine whose tokens were taken first; no other may add any."""
+    ids: bytearray = field(default_factory=bytearray)
+    """int32 tokens, back to back."""
+    logprobs: bytearray = field(default_factory=bytearray)
+    """float32, one a token."""
+    spans: list[tuple[int, int, int]] = field(default_factory=list)
+    """(history, step, tokens) in order; neighbours differ."""
+    received: int = 0
+    """Sampled tokens taken so far; stays after the data is let go."""
+    lost: int = 0
+    """The stream reached this far in rows that were refused (a finish counts as one more token); beyond `received`,
+    there is a hole that nobody will fill."""
+    finish: str = ""
+    closed: bool = False
+    failed: bool = False
+    """Closed by its actor without a reward."""
+    cancelled: bool = False
+    """Counted as cancelled: an abort of its request is explained."""
+    complete: bool = False
+    """Finished, closed, and both sides agree on the tokens."""
+    reward: float = 0.0
+    num_sampled: int = 0
+    """What its actor said was sampled."""
+
+    @property
+    def label(self) -> str:
+        return f"{self.group.id}/{self.member}"
+
+    def release(self) -> None:
+        """Let go of the tokens; the counts stay."""
+        self.ids = bytearray()
+        self.logprobs = bytearray()
+        self.spans = []
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """All trajectories of one prompt."""
+
+    id: int
+    actor: str
+    task: str
+    prompt: Int32Array
+    state: State = State.IN_FLIGHT
+    """Of its surviving members; IN_FLIGHT until all are settled."""
+    members: list[Trajectory] = field(default_factory=list)
+    pending: int = 0
+    """Members neither complete nor dropped."""
+    versions: dict[tuple[int, int], int] = field(default_factory=dict)
+    """Sampled tokens of the survivors by version, from when it is ready."""
+    total_tokens: int = 0
+    """Of the survivors, prompts included, from when it is ready."""
+
+    def survivors(self) -> Iterator[Trajectory]:
+        return (t for t in self.members if t.state is not State.DROPPED)
+
+    def summarise(self) -> None:
+        """Fill in what leasing needs to know of a group that is whole."""
+        for trajectory in self.survivors():
+            self.total_tokens += len(self.prompt) + trajectory.received
+            for history, step, count in trajectory.spans:
+                key = (history, step)
+                self.versions[key] = self.versions.get(key, 0) + count

@@ -1,0 +1,176 @@
+"""Bad input ends with one clear line before anything expensive starts: no process is started, nothing is written."""
+
+import json
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from scripts import tiny_model
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RECIPE = """
+[run]
+name = "bad"
+steps = 2
+directory = "{directory}/runs"
+[model]
+path = "{directory}/model"
+[task]
+use = "actors.tasks.cashier:Cashier"
+[rollout]
+group_size = 4
+max_new_tokens = 64
+[queue]
+min_tokens = 100
+max_tokens = 4000
+[learner]
+optimizer = {{lr = 1e-3}}
+[sglang]
+device = "cpu"
+"""
+
+
+@pytest.fixture
+def directory(tmp_path: pathlib.Path) -> pathlib.Path:
+    tiny_model.create(tmp_path / "model", seed=0)
+    (tmp_path / "recipe.toml").write_text(RECIPE.format(directory=tmp_path))
+    return tmp_path
+
+
+def refusal(directory: pathlib.Path, *overrides: str) -> str:
+    """The one line that `stream-rl train` ends with."""
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.cli", "train", str(directory / "recipe.toml"), *overrides],
+        capture_output=True, text=True, timeout=60, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert time.monotonic() - start < 30
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (directory / "runs").exists(), "nothing may have started"
+    return lines[0]
+
+
+def change_config(directory: pathlib.Path, **changes: object) -> None:
+    path = directory / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_an_unknown_key_lists_the_known_ones(directory: pathlib.Path) -> None:
+    line = refusal(directory, "queue.max_stale=3")
+    assert "max_stale" in line
+    assert "max_token_age" in line
+
+
+def test_a_wrong_type_says_what_came(directory: pathlib.Path) -> None:
+    line = refusal(directory, 'run.steps="many"')
+    assert "run.steps" in line
+    assert "'many'" in line
+
+
+def test_a_missing_model_folder_is_named(directory: pathlib.Path) -> None:
+    assert "/nowhere" in refusal(directory, "model.path=/nowhere")
+
+
+def test_an_unsupported_architecture_names_the_supported_ones(directory: pathlib.Path) -> None:
+    change_config(directory, architectures=["MambaForCausalLM"])
+    line = refusal(directory)
+    assert "MambaForCausalLM" in line
+    assert "Qwen3ForCausalLM" in line
+
+
+@pytest.mark.parametrize("option", ["top_p=0.9", "top_k=20", "min_p=0.1", "repetition_penalty=1.1", "n=2"])
+def test_sampling_without_a_correction_is_refused(directory: pathlib.Path, option: str) -> None:
+    line = refusal(directory, f"rollout.sampling.{option}")
+    assert option.split("=")[0] in line
+    assert "correction" in line
+
+
+def test_a_temperature_of_zero_is_refused(directory: pathlib.Path) -> None:
+    assert "temperature" in refusal(directory, "rollout.temperature=0.0")
+
+
+def test_a_port_in_use_is_named(directory: pathlib.Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert str(port) in refusal(directory, f"sglang.port={port}")
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("raise RuntimeError('broken at import')", ["RuntimeError", "broken at import"]),
+        ("class Mine:\n    def __init__(self):\n        raise ValueError('no data')", ["ValueError", "no data"]),
+        (
+            "class Mine:\n    def prompts(self, split, seed):\n        raise KeyError('gone')\n"
+            "    def reward(self, prompt, completion):\n        return 0.0",
+            ["prompts", "KeyError", "gone"],
+        ),
+        ("class Mine:\n    def reward(self, prompt, completion):\n        return 0.0", ["prompts"]),
+        ("class Other:\n    pass", ["Mine"]),
+        (
+            "class Mine:\n    def prompts(self, split, seed):\n        return iter([])\n"
+            "    def reward(self, prompt, completion):\n        return 0.0",
+            ["gave none"],
+        ),
+    ],
+)
+def test_a_task_that_raises_or_is_none_is_named(directory: pathlib.Path, body: str, words: list[str]) -> None:
+    task = directory / "mine.py"
+    task.write_text(body)
+    line = refusal(directory, f"task.use={task}:Mine")
+    for word in ["mine.py", *words]:
+        assert word in line
+
+
+def test_options_that_a_task_does_not_take_are_named(directory: pathlib.Path) -> None:
+    assert "colour" in refusal(directory, "task.options.colour=3")
+
+
+def test_a_tokenizer_that_does_not_fit_the_model_is_refused(directory: pathlib.Path) -> None:
+    change_config(directory, vocab_size=8)
+    line = refusal(directory)
+    assert "tokenizer" in line
+    assert "8" in line
+
+
+def test_a_missing_tokenizer_is_named(directory: pathlib.Path) -> None:
+    (directory / "model" / "tokenizer.json").unlink()
+    assert "tokenizer.json" in refusal(directory)
+
+
+def test_a_batch_that_admission_cannot_fill_is_refused(directory: pathlib.Path) -> None:
+    assert "min_tokens" in refusal(directory, "queue.min_tokens=100000", "queue.max_tokens=200000")
+
+
+def test_prompts_too_long_for_the_context_are_refused(directory: pathlib.Path) -> None:
+    assert "max_new_tokens" in refusal(directory, "rollout.max_new_tokens=4095")
+
+
+def test_a_sharded_engine_is_refused_by_name(directory: pathlib.Path) -> None:
+    assert "tp_size" in refusal(directory, "sglang.tp_size=2")
+
+
+def test_a_recipe_that_is_no_toml_is_refused(directory: pathlib.Path) -> None:
+    (directory / "recipe.toml").write_text("[run\nname=")
+    assert "TOML" in refusal(directory)
+
+
+def test_an_earlier_run_of_the_name_is_kept(directory: pathlib.Path) -> None:
+    from scripts.train import fresh_directory
+
+    first = fresh_directory(directory / "runs" / "name")
+    (first / "summary.json").write_text("{}")
+    second = fresh_directory(directory / "runs" / "name")
+    assert not (second / "summary.json").exists()
+    assert (directory / "runs" / "name.1" / "summary.json").exists()
+    shutil.rmtree(directory / "runs")
