@@ -30,7 +30,9 @@ def plot(directory: pathlib.Path) -> pathlib.Path:
     figure.suptitle(directory.name)
     times = [r["wall_s"] for r in steps]
 
-    reward.plot(times, [_number(r["reward_mean"]) for r in steps], ".-", label="mean over all finished trajectories, per step")
+    reward.plot(
+        times, [_number(r["reward_mean"]) for r in steps], ".-", label="mean over all finished trajectories, per step"
+    )
     reward.set(ylabel="reward", ylim=(-0.02, 1.02))
     reward.legend(loc="lower right")
 

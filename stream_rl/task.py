@@ -66,6 +66,8 @@ def load_task(target: str, options: Mapping[str, Any]) -> Task:
         raise ConfigError(f"task.use: {module_name} has no {class_name!r}; check the name after the colon")
     try:
         task = cls(**options)
+    except ConfigError:
+        raise
     except TypeError as error:
         raise ConfigError(f"task.options do not fit {target}: {error}") from error
     except Exception as error:  # the user's code may raise anything

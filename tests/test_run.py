@@ -78,6 +78,18 @@ SUMMARY_KEYS = {
 }  # fmt: skip
 
 
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that still run; a zombie has ended and waits for whoever adopted it."""
+    left = []
+    for process in processes:
+        try:
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                left.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return left
+
+
 class Command:
     """`stream-rl train` in a process group of its own."""
 
@@ -117,7 +129,7 @@ class Command:
         """Exit status, and what is left of the processes that were there when this was called."""
         tree = self.tree()
         code = self.process.wait(timeout)
-        return code, [p for p in tree if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        return code, alive(tree)
 
 
 def test_a_run_trains_counts_everything_and_leaves_a_checkpoint(tmp_path: pathlib.Path) -> None:
@@ -156,7 +168,7 @@ def test_ctrl_c_ends_every_process(tmp_path: pathlib.Path) -> None:
     code = command.process.wait(40)
     assert code == 130, command.text()
     assert "stopped" in command.text()
-    assert [p for p in tree if p.is_running()] == []
+    assert alive(tree) == []
 
 
 def killed(tmp_path: pathlib.Path, word: str, name: str) -> None:
@@ -170,7 +182,7 @@ def killed(tmp_path: pathlib.Path, word: str, name: str) -> None:
     assert code == 1, command.text()
     assert f"{name} ended with status" in command.text()
     assert f"logs/{name}.log" in command.text()
-    assert [p for p in tree if p.is_running()] == []
+    assert alive(tree) == []
 
 
 def test_an_engine_whose_scheduler_dies_ends_the_run_by_name(tmp_path: pathlib.Path) -> None:
@@ -202,5 +214,5 @@ def test_a_supervisor_that_is_killed_takes_its_processes_along(tmp_path: pathlib
     tree = command.tree()
     command.process.kill()
     command.process.wait()
-    _, alive = psutil.wait_procs(tree, timeout=30)
-    assert alive == []
+    psutil.wait_procs(tree, timeout=30)
+    assert alive(tree) == []
