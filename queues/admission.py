@@ -45,22 +45,19 @@ def check(queue: Queue, rollout: Rollout) -> None:
 class Admission:
     def __init__(self, queue: Queue) -> None:
         self._queue = queue
-        self.tokens_per_group: float | None = None
-        """Moving average over completed groups; None before the first."""
+        self.tokens_per_group = queue.min_tokens / queue.first_groups
+        """Moving average over completed groups.  It starts from what the recipe expects and not from the first group
+        to complete: the first are the shortest, and would ask for several times too many."""
 
     def completed(self, trainable_tokens: int) -> None:
         """A group completed with this many tokens that may train."""
-        average = self.tokens_per_group
-        self.tokens_per_group = (
-            float(trainable_tokens) if average is None else average + _WEIGHT * (trainable_tokens - average)
-        )
+        self.tokens_per_group += _WEIGHT * (trainable_tokens - self.tokens_per_group)
 
     @property
     def groups_per_step(self) -> int:
-        if self.tokens_per_group is None:
-            return self._queue.first_groups
         # A task whose answers are all empty must not ask for unboundedly many groups at once.
-        return math.ceil(self._queue.min_tokens / max(self.tokens_per_group, 1.0))
+        least = min(1.0, self._queue.min_tokens / self._queue.first_groups)
+        return math.ceil(self._queue.min_tokens / max(self.tokens_per_group, least))
 
     @property
     def limit(self) -> int:

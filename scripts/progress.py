@@ -81,6 +81,7 @@ class Dashboard:
         return {
             "step": f"{step:.0f}/{self._steps}",
             "reward": "-" if reward is None or math.isnan(reward) else f"{reward:.3f}",
+            "version": str(status.get("queue", {}).get("version", "-")),
             "generated": f"{generated / seconds:.0f} tok/s",
             "trained": f"{trained / seconds:.0f} tok/s",
             "age": f"{age:.2f} (max {status.get('token_age_max', 0)})",

@@ -10,12 +10,25 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+SMOOTH_STEPS = 5
+"""Few trajectories finish during one step: its mean alone is noisy."""
+
 
 def read(directory: pathlib.Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(step records, status records) of a run's metrics.jsonl, in order."""
     path = directory / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [r for r in lines if r["kind"] == "step"], [r for r in lines if r["kind"] == "status"]
+
+
+def _smooth(steps: list[dict[str, Any]]) -> list[float]:
+    """Mean reward of the trajectories that finished during the last few steps, up to each step."""
+    means = []
+    for end in range(1, len(steps) + 1):
+        window = [r for r in steps[max(0, end - SMOOTH_STEPS) : end] if r["finished"]]
+        finished = sum(r["finished"] for r in window)
+        means.append(sum(r["reward_mean"] * r["finished"] for r in window) / finished if finished else math.nan)
+    return means
 
 
 def _number(value: float | None) -> float:
@@ -30,16 +43,15 @@ def plot(directory: pathlib.Path) -> pathlib.Path:
     figure.suptitle(directory.name)
     times = [r["wall_s"] for r in steps]
 
-    reward.plot(
-        times, [_number(r["reward_mean"]) for r in steps], ".-", label="mean over all finished trajectories, per step"
-    )
-    reward.set(ylabel="reward", ylim=(-0.02, 1.02))
+    reward.plot(times, [_number(r["reward_mean"]) for r in steps], ".", alpha=0.4, label="finished during a step")
+    reward.plot(times, _smooth(steps), label=f"finished during the last {SMOOTH_STEPS} steps")
+    reward.set(ylabel="mean reward, before any filter")
     reward.legend(loc="lower right")
 
     age.plot(times, [_number(r["token_age_mean"]) for r in steps], ".-", label="mean age of trained tokens")
     age.plot(times, [r["token_age_max"] for r in steps], ".", label="oldest trained token")
     age.set(ylabel="age (versions)")
-    age.legend(loc="upper right")
+    age.legend(loc="upper left", framealpha=0.6)
 
     for name, label in (("received_tokens", "generated"), ("trained_tokens", "trained")):
         points = [(r["wall_s"], r.get(name) or 0.0) for r in statuses]
