@@ -14,6 +14,13 @@ Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
+ARRAY_DTYPES: dict[object, np.dtype[np.generic]] = {
+    Int32Array: np.dtype(np.int32),
+    Int64Array: np.dtype(np.int64),
+    Float32Array: np.dtype(np.float32),
+    ByteArray: np.dtype(np.uint8),
+}
+"""The arrays that may be fields of a message."""
 
 
 class Version(NamedTuple):

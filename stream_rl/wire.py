@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 
 from stream_rl.errors import WireError
+from stream_rl.types import ARRAY_DTYPES
 
 WIRE_VERSION = 1
 MAX_FRAMES = 32
@@ -44,7 +45,7 @@ _codecs: dict[str, _Codec] = {}
 @typing.dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,))
 def message(cls: type[T]) -> type[T]:
     """Class decorator: make it a frozen keyword-only dataclass that can travel.  Fields are scalars, strings, lists
-    and dicts of those, or numpy arrays of one dtype."""
+    and dicts of those, or one of the arrays of `types.ARRAY_DTYPES`."""
     made = dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)(cls)
     hints = typing.get_type_hints(made)
     arrays: list[tuple[str, np.dtype[Any]]] = []
@@ -52,8 +53,8 @@ def message(cls: type[T]) -> type[T]:
     fields: list[Any] = []
     for field in dataclasses.fields(made):  # type: ignore[arg-type]
         hint = hints[field.name]
-        if typing.get_origin(hint) is np.ndarray:
-            arrays.append((field.name, np.dtype(typing.get_args(typing.get_args(hint)[1])[0])))
+        if hint in ARRAY_DTYPES:
+            arrays.append((field.name, ARRAY_DTYPES[hint]))
             continue
         scalars.append(field.name)
         if field.default is not dataclasses.MISSING:

@@ -31,7 +31,7 @@ def shapes(tied: bool = False) -> dict[str, tuple[int, ...]]:
     return made
 
 
-def config(tied: bool = False) -> dict[str, object]:
+def config(tied: bool = False, dtype: torch.dtype = torch.float32) -> dict[str, object]:
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -50,7 +50,7 @@ def config(tied: bool = False) -> dict[str, object]:
         "attention_bias": False,
         "eos_token_id": 127,
         "pad_token_id": 126,
-        "torch_dtype": "float32",
+        "torch_dtype": str(dtype).removeprefix("torch."),
     }
 
 
@@ -81,7 +81,7 @@ def marked_weights(version: int) -> dict[str, torch.Tensor]:
 
 def write(directory: pathlib.Path, weights: dict[str, torch.Tensor]) -> pathlib.Path:
     directory.mkdir(parents=True, exist_ok=True)
-    tied = "lm_head.weight" not in weights
-    (directory / "config.json").write_text(json.dumps(config(tied)))
+    tied, dtype = "lm_head.weight" not in weights, next(iter(weights.values())).dtype
+    (directory / "config.json").write_text(json.dumps(config(tied, dtype)))
     save_file(weights, str(directory / "model.safetensors"), {"format": "pt"})
     return directory

@@ -70,7 +70,7 @@ class Plugin:
         self.counters = Counters()
         rank, ranks = scheduler.ps.tp_rank, scheduler.ps.tp_size
         weights = LiveWeights(settings.run, _trace(scheduler), Version(0, 0))
-        self.thread = PluginThread(settings, rank, ranks, weights, self.counters)
+        self.thread = PluginThread(settings, rank, ranks, weights.device, weights, self.counters)
         self.weights = weights
         self.stream = ChunkStream(
             settings.run, settings.chunk_tokens, settings.chunk_seconds, self.thread.post_rows, self.thread.is_full
@@ -158,7 +158,7 @@ def _guarded(hook: Callable[..., T]) -> Callable[..., T | None]:
         try:
             with plugin.counters.hook():
                 return hook(plugin, *args, **kwargs)
-        except Exception:
+        except Exception:  # a guest must not end its host; counted as a fault, which ends the run by name
             log.exception("hook %s failed; streaming and updates stop, the engine goes on", hook.__name__)
             plugin.counters.faults += 1
             _plugin = None

@@ -2,10 +2,13 @@
 unless there is something to do, and hands big tensor work to torch, which lets go of the GIL."""
 
 import logging
+import os
 import threading
 import time
 from collections import deque
 from typing import Any
+
+import torch
 
 from engines.sglang.counters import Counters
 from engines.sglang.outbox import Outbox
@@ -40,8 +43,15 @@ class PluginThread:
     """Mailboxes for the scheduler's thread on one side, ZeroMQ conversations on the other."""
 
     def __init__(
-        self, settings: PluginSettings, rank: int, ranks: int, weights: LiveWeights, counters: Counters
+        self,
+        settings: PluginSettings,
+        rank: int,
+        ranks: int,
+        device: torch.device,
+        weights: LiveWeights,
+        counters: Counters,
     ) -> None:
+        self._device = device
         self._settings, self._rank, self._ranks = settings, rank, ranks
         self._weights, self._counters = weights, counters
         self._outbox = Outbox(settings.run, settings.engine, settings.incarnation, settings.resend_seconds)
@@ -89,7 +99,7 @@ class PluginThread:
     def _run(self) -> None:
         try:
             self._loop()
-        except Exception:
+        except Exception:  # a guest must not end its host; counted as a fault, which ends the run by name
             log.exception("the plugin's thread failed; streaming and updates stop, the engine goes on")
             self._counters.faults += 1
             if self._hub is not None:
@@ -97,6 +107,10 @@ class PluginThread:
 
     def _loop(self) -> None:
         s = self._settings
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+            # this thread's work must not queue behind forward passes
+            torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
         self._hub = hub = ThreadHub()
         if self._rank == 0:
             hub.connect(QUEUE, s.queue_address, f"{s.engine}@{s.incarnation}")
@@ -215,8 +229,6 @@ class PluginThread:
         )
 
     def _hello(self) -> Hello:
-        import os
-
         s = self._settings
         return Hello(
             run=s.run,

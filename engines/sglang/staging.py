@@ -36,6 +36,13 @@ class LiveWeights:
         self._staged: _Staged | None = None
         self._previous: _Staged | None = None
         """Kept until the next commit: on a GPU the writes may still be reading it."""
+        self._written: torch.cuda.Event | None = None
+        """On a GPU: when the last commit's writes are done; the plugin's stream waits for it before it reads them."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the live weights are."""
+        return next(iter(self._map.pieces.values()))[0].live.device
 
     @property
     def fingerprint(self) -> int:
@@ -81,6 +88,7 @@ class LiveWeights:
         return part.target
 
     def _stage(self, parts: list[UpdatePart]) -> "_Staged":
+        self._wait_for_writes()
         sums, writes = dict(self._sums), []
         for part in parts:
             for update in self._decoded(part):
@@ -92,7 +100,13 @@ class LiveWeights:
                 f"version {parts[0].target} would have fingerprint {fingerprint.text(total)} here, "
                 f"the publisher states {parts[0].target_hash}"
             )
+        if self._written is not None or any(write.target.is_cuda for write in writes):
+            torch.cuda.current_stream().synchronize()  # staged means on the device, whatever stream reads it next
         return _Staged(parts[0].target, writes, sums, time.perf_counter() - self._started)
+
+    def _wait_for_writes(self) -> None:
+        if self._written is not None:
+            torch.cuda.current_stream().wait_event(self._written)
 
     def _decoded(self, part: UpdatePart) -> list[TensorUpdate]:
         updates, offset = [], 0
@@ -129,6 +143,9 @@ class LiveWeights:
         with torch.no_grad(), on_forward_stream():
             for write in staged.writes:
                 write.apply()
+            if staged.writes and staged.writes[0].target.is_cuda:
+                self._written = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                self._written.record()
         self.version = target
         self._sums = staged.sums
         self._previous, self._staged = staged, None
@@ -141,6 +158,7 @@ class LiveWeights:
 
     def recompute(self) -> int:
         """Fingerprint recomputed from all live parameters.  Raises WeightsError if replicas within the rank differ."""
+        self._wait_for_writes()
         self._sums = {name: self._map.live_sum(name) for name in self._map.shapes}
         return self.fingerprint
 
