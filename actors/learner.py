@@ -94,10 +94,12 @@ class LearnerLoop:
         version = Version(0, 0)
         await self._hand_over(version)
         waited, busy, settled = 0.0, 0.0, 0.0
+        patience = recipe.queue.lease_timeout_s + recipe.engine.start_timeout_s  # the first lease waits for engines too
         for step in range(recipe.run.steps):
             version = Version(0, step)
             asked = time.perf_counter()
-            lease = await self._queue.request(LeaseRequest(step=version), Lease, recipe.queue.lease_timeout_s)
+            lease = await self._queue.request(LeaseRequest(step=version), Lease, patience)
+            patience = recipe.queue.lease_timeout_s
             leased = time.perf_counter()
             waited += leased - asked
             settled = settled or leased  # waiting for engines to start is not idleness
@@ -119,7 +121,8 @@ class LearnerLoop:
             await self._queue.request(Applied(step=version, outcome=outcome, metrics=metrics), Done, timeout)
             version = Version(0, step + 1)
             await self._hand_over(version)
-            if recipe.learner.checkpoint_every and (step + 1) % recipe.learner.checkpoint_every == 0:
+            every = recipe.learner.checkpoint_every
+            if every and (step + 1) % every == 0 and step + 1 < recipe.run.steps:
                 await self._checkpoint(version)
         await self._checkpoint(version)
         weights_hash = fingerprint.text(fingerprint.model_sum(self._engine.named_weights()))

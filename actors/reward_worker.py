@@ -9,7 +9,6 @@ End of input ends the process.  The pipes are moved out of the way first: the ta
 standard input is empty, so that user code can neither write into the protocol nor read from it.
 """
 
-import math
 import os
 import signal
 from collections.abc import Mapping
@@ -39,6 +38,10 @@ def main() -> None:
         _write(outgoing, _score(task, request))
 
 
+FLOAT32_MAX = 3.4e38
+"""Rewards travel and train as float32: what is beyond is infinite there, and NaN is within no bound."""
+
+
 def _score(task: Task, request: Mapping[str, Any]) -> dict[str, Any]:
     prompt = Prompt(text=request["text"], data=request["data"])
     try:
@@ -47,7 +50,7 @@ def _score(task: Task, request: Mapping[str, Any]) -> dict[str, Any]:
         reward = parts.pop("reward")
     except Exception as error:  # noqa: BLE001  the user's code, at our process boundary: it costs this trajectory only
         return {"failure": "reward_raised", "detail": f"{type(error).__name__}: {error}"}
-    if bad := [name for name, value in {"reward": reward, **parts}.items() if not math.isfinite(value)]:
+    if bad := [name for name, value in {"reward": reward, **parts}.items() if not abs(value) <= FLOAT32_MAX]:
         return {"failure": "reward_not_finite", "detail": f"{', '.join(bad)} of {given!r}"}
     return {"reward": reward, "parts": parts}
 

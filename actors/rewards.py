@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
+from stream_rl import runtime
 from stream_rl.errors import ConfigError, StreamRLError, TaskError, WireError
 from stream_rl.plain import pack, unpack
 from stream_rl.task import Prompt
@@ -120,7 +121,7 @@ class _Worker:
             "actors.reward_worker",
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": path, runtime.PARENT: str(os.getpid())},
         )
         try:
             async with asyncio.timeout(self._start_timeout_s):

@@ -168,9 +168,10 @@ class RolloutActor:
             return
         finally:
             del self._requests[key]
-        self._counts["generated_tokens"] += len(generation.token_ids)
-        if key in self._cancelled:
+            cancelled = key in self._cancelled
             self._cancelled.discard(key)
+        self._counts["generated_tokens"] += len(generation.token_ids)
+        if cancelled:
             return
         if generation.finish is Finish.ABORT:
             await self._close_failed(key, "interrupted")
@@ -212,6 +213,9 @@ class RolloutActor:
     async def _evaluate(self, label: str, version: Version) -> None:
         """Mean reward of held-out prompts, one sample each; a reward that fails counts as 0."""
         rollout = self._recipe.rollout
+        if rollout.heldout_prompts == 0:
+            await self._queue.send(Evaluated(label=label, version=version, rewards=np.zeros(0, np.float32)))
+            return
         prompts = list(itertools.islice(self._task.prompts("heldout", self._recipe.run.seed), rollout.heldout_prompts))
         places = asyncio.Semaphore(rollout.heldout_concurrency)
         rewards = np.zeros(len(prompts), np.float32)
@@ -220,7 +224,12 @@ class RolloutActor:
             async with places:
                 engine = self._engines[i % len(self._engines)]
                 ids = self._tokenizer.encode(prompt.text).ids
-                generation = await engine.generate(f"eval-{self._run}-{label}-{i}.", ids, self._sampling)
+                try:
+                    generation = await engine.generate(f"eval-{self._run}-{label}-{i}.", ids, self._sampling)
+                except TimeoutError:
+                    raise EngineError(f"{engine.name} did not answer held-out prompt {i} in time") from None
+                if generation.finish is Finish.ABORT:
+                    raise EngineError(f"{engine.name} aborted held-out prompt {i}")
                 try:
                     rewards[i] = (await self._rewards.score(prompt, self._text(generation.token_ids))).reward
                 except RewardFailure as failure:

@@ -93,4 +93,4 @@ if __name__ == "__main__":
     try:
         run(config.load(options.recipe), options.output)
     except StreamRLError as error:
-        sys.exit(f"warm start: {error}")
+        sys.exit(f"warm-start: {error}")

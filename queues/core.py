@@ -117,7 +117,12 @@ class QueueCore:
 
     @property
     def finished(self) -> bool:
-        return self.tallies.learner_done is not None and "last" in self.tallies.evaluated
+        """The learner is done, the last evaluation is in, and every engine's weights were hashed in full at the end."""
+        done, verified = self.tallies.learner_done, self.tallies.verified
+        if done is None or "last" not in self.tallies.evaluated:
+            return False
+        engines = [peer.name for peer in self.registry.of_role("engine")]
+        return all(name in verified and verified[name].version == done.final for name in engines)
 
     def summary(self) -> dict[str, object]:
         return summary(self)

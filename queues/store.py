@@ -8,9 +8,10 @@ whatever order these arrive.  A group is ready when every member is complete or 
 dropped ones while two are left to compare.
 """
 
-import math
 from collections import Counter, deque
 from dataclasses import dataclass
+
+import numpy as np
 
 from queues.admission import Admission
 from queues.assembly import Assembly
@@ -124,7 +125,7 @@ class Store:
         if failed:
             self._drop_member(trajectory, event.reason)
             return
-        if not math.isfinite(event.reward):
+        if not np.isfinite(np.float32(event.reward)):  # as the learner will see it
             self._drop_member(trajectory, "bad_reward")
             return
         self._tallies.finished(event)

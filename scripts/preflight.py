@@ -10,9 +10,20 @@ from engines.megatron.model_shape import ModelShape, read_model_shape
 from engines.sglang.client import check_sampling
 from queues import admission
 from stream_rl.config import Recipe
-from stream_rl.errors import ConfigError, TaskError
+from stream_rl.errors import ConfigError, TaskError, WireError
+from stream_rl.plain import pack
 from stream_rl.task import Prompt, load_task
 
+SGLANG_SIZES = ("tp_size", "tensor_parallel_size", "dp_size", "data_parallel_size", "pp_size", "nnodes")
+SGLANG_NOT_YET = ("speculative_algorithm", "quantization", "lora_paths", "disaggregation_mode")
+SGLANG_FAMILIAR = frozenset(
+    {"device", "attention_backend", "sampling_backend", "grammar_backend", "dtype", "skip_tokenizer_init", "port",
+     "max_total_tokens", "max_running_requests", "mem_fraction_static", "chunked_prefill_size", "sleep_on_idle",
+     "disable_overlap_schedule", "disable_radix_cache", "log_level"}
+)  # fmt: skip
+"""Options that every supported SGLang has; about any other SGLang is asked first."""
+SGLANG_RESERVE_TOKENS = 6
+"""SGLang takes no prompt within this many tokens of its KV pool."""
 PROMPTS_TRIED = 16
 """Prompts of each split that are made and tokenized beforehand."""
 
@@ -50,25 +61,49 @@ def _check_rollout(recipe: Recipe) -> None:
         raise ConfigError(
             f"rollout.temperature must be above 0, got {rollout.temperature}; greedy decoding has no policy gradient"
         )
-    if rollout.group_size < 2:
-        raise ConfigError(
-            f"rollout.group_size must be at least 2, got {rollout.group_size}; an advantage is relative to a group"
-        )
-    if recipe.run.steps < 1:
-        raise ConfigError(f"run.steps must be at least 1, got {recipe.run.steps}")
+    for name, value, least in (
+        ("run.steps", recipe.run.steps, 1),
+        ("rollout.group_size", rollout.group_size, 2),
+        ("rollout.heldout_prompts", rollout.heldout_prompts, 0),
+        ("rollout.heldout_concurrency", rollout.heldout_concurrency, 1),
+        ("rollout.reward_processes", rollout.reward_processes, 1),
+        ("rollout.reward_timeout_s", rollout.reward_timeout_s, 0.001),
+        ("rollout.request_timeout_s", rollout.request_timeout_s, 0.001),
+        ("learner.micro_batch_tokens", recipe.learner.micro_batch_tokens, 1),
+        ("learner.threads", recipe.learner.threads, 1),
+        ("warm_start.steps", recipe.warm_start.steps, 0),
+        ("warm_start.sequences", recipe.warm_start.sequences, 1),
+        ("weights.part_bytes", recipe.weights.part_bytes, 1),
+        ("weights.keep_deltas", recipe.weights.keep_deltas, 1),
+        ("engine.count", recipe.engine.count, 1),
+        ("engine.chunk_tokens", recipe.engine.chunk_tokens, 1),
+        ("engine.chunk_seconds", recipe.engine.chunk_seconds, 0.001),
+        ("engine.buffer_bytes", recipe.engine.buffer_bytes, 1 << 16),
+        ("engine.resend_seconds", recipe.engine.resend_seconds, 0.01),
+    ):
+        if value < least:
+            raise ConfigError(f"{name} must be at least {least}, got {value}")
+    if recipe.algorithm.aggregation == "constant" and recipe.algorithm.constant <= 0:
+        raise ConfigError('algorithm.constant must be above 0 with aggregation = "constant": it is the divisor')
 
 
 def _check_sglang(recipe: Recipe) -> None:
-    tp_size = recipe.sglang.get("tp_size", recipe.sglang.get("tensor_parallel_size", 1))
-    if tp_size != 1:
-        raise ConfigError(
-            f"[sglang] tp_size must be 1, got {tp_size}: live updates of sharded engines are not there yet"
-        )
-    for name in ("speculative_algorithm", "quantization", "lora_paths"):
+    for name in SGLANG_SIZES:
+        if recipe.sglang.get(name, 1) != 1:
+            raise ConfigError(
+                f"[sglang] {name} must be 1, got {recipe.sglang[name]!r}: an engine of several schedulers cannot be "
+                "updated live yet; for more engines set engine.count"
+            )
+    for name in SGLANG_NOT_YET:
         if recipe.sglang.get(name) is not None:
             raise ConfigError(f"[sglang] {name} cannot be combined with live weight updates yet; leave it out")
+    for name, instead in (("model_path", "model.path"), ("host", "127.0.0.1, always")):
+        if name in recipe.sglang:
+            raise ConfigError(f"[sglang] {name} is not an option of a run; it is {instead}")
     if (port := recipe.sglang.get("port")) is None:
         return
+    if not isinstance(port, int):
+        raise ConfigError(f"[sglang] port must be a number, got {port!r}")
     for offset in range(recipe.engine.count):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -83,6 +118,7 @@ def _check_sglang(recipe: Recipe) -> None:
 def _check_prompts(recipe: Recipe, shape: ModelShape, tokenizer: Tokenizer) -> None:
     use, room = recipe.task.use, shape.max_positions - recipe.rollout.max_new_tokens
     room = min(room, recipe.sglang.get("context_length", shape.max_positions) - recipe.rollout.max_new_tokens)
+    room = min(room, recipe.sglang.get("max_total_tokens", 1 << 40) - SGLANG_RESERVE_TOKENS)
     task = load_task(use, recipe.task.options)
     for split in ("train", "heldout"):
         if split == "heldout" and recipe.rollout.heldout_prompts == 0:
@@ -94,11 +130,15 @@ def _check_prompts(recipe: Recipe, shape: ModelShape, tokenizer: Tokenizer) -> N
         if not prompts:
             raise TaskError(f"{use}: prompts({split!r}) gave none; set rollout.heldout_prompts = 0 to do without")
         for prompt in prompts:
-            if not isinstance(prompt, Prompt):
-                raise TaskError(f"{use}: prompts({split!r}) must give stream_rl.task.Prompt, got {prompt!r}")
+            if not isinstance(prompt, Prompt) or not isinstance(prompt.text, str):
+                raise TaskError(f"{use}: prompts({split!r}) must give stream_rl.task.Prompt of a text, got {prompt!r}")
+            try:
+                pack(dict(prompt.data))
+            except WireError as error:
+                raise TaskError(f"{use}: a prompt's data cannot travel to the reward process: {error}") from error
             length = len(tokenizer.encode(prompt.text).ids)
             if not 0 < length <= room:
                 raise ConfigError(
-                    f"{use}: a prompt of {length} tokens; it must have 1 to {room}, the model's context less "
-                    f"rollout.max_new_tokens = {recipe.rollout.max_new_tokens}"
+                    f"{use}: a prompt of {length} tokens; it must have 1 to {room}, what the context or the KV pool "
+                    f"leaves beside rollout.max_new_tokens = {recipe.rollout.max_new_tokens}"
                 )

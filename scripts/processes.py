@@ -1,6 +1,7 @@
 """Child processes of a run: started with a log and a pipe, watched, and ended without leaving anything behind."""
 
 import asyncio
+import contextlib
 import json
 import os
 import pathlib
@@ -9,8 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import psutil
-
+from stream_rl import runtime
 from stream_rl.errors import StreamRLError
 
 LOG_TAIL_LINES = 20
@@ -28,12 +28,17 @@ class Child:
         self.name, self.log = name, log
         self._process, self._ready = process, ready
         self._stopping = False
+        self._swept = False
 
     @classmethod
     async def start(cls, name: str, module: str, arguments: Sequence[str], log: pathlib.Path, threads: int) -> "Child":
         """Run `python -m module`; its output goes to `log`."""
         read, write = os.pipe()
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(threads),
+            "PYTHONUNBUFFERED": "1",
+            runtime.PARENT: str(os.getpid()),
+        }
         environment.pop("PYTHONDONTWRITEBYTECODE", None)  # SGLang would compile itself at every start
         with log.open("wb") as output:
             process = await asyncio.create_subprocess_exec(
@@ -57,7 +62,7 @@ class Child:
             raise ProcessDied(self._epitaph(f"was not up after {timeout:.0f} s")) from None
         if not line:
             code = await self._process.wait()
-            raise ProcessDied(self._epitaph(f"ended with status {code} while starting"))
+            raise ProcessDied(self._refusal(code) or self._epitaph(f"ended with status {code} while starting"))
         fields: dict[str, Any] = json.loads(line)
         return fields
 
@@ -70,31 +75,26 @@ class Child:
     async def wait(self) -> None:
         """Returns when the process has ended with 0.  Raises ProcessDied otherwise."""
         if code := await self._process.wait():
-            raise ProcessDied(self._epitaph(f"ended with status {code}"))
+            raise ProcessDied(self._refusal(code) or self._epitaph(f"ended with status {code}"))
 
     async def stop(self, timeout: float) -> None:
-        """SIGTERM, and SIGKILL for whatever of its process tree is left after `timeout` seconds."""
+        """SIGTERM, and after `timeout` seconds SIGKILL; then SIGKILL for whatever it left in its process group."""
         self._stopping = True
-        tree = self._tree()
         if self._process.returncode is None:
             self._process.send_signal(signal.SIGTERM)
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout):
                     await self._process.wait()
-            except TimeoutError:
-                pass
-        for process in tree:
-            # psutil compares creation times: a recycled pid is not ours
-            if process.is_running():
-                process.kill()
+        if not self._swept:
+            self._swept = True
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         await self._process.wait()
 
-    def _tree(self) -> list[psutil.Process]:
-        try:
-            root = psutil.Process(self._process.pid)
-            return [root, *root.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return []
+    def _refusal(self, code: int) -> str:
+        """The one line with which our processes refuse a recipe; "" if the process ended in another way."""
+        last = next(reversed(self.log.read_text(errors="replace").splitlines()), "")
+        return last if code == 1 and last.startswith(f"{self.name}: ") else ""
 
     def _epitaph(self, what: str) -> str:
         lines = self.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]

@@ -88,6 +88,3 @@ class Dashboard:
             "groups": " ".join(f"{states[name]} {name.replace('_', ' ')}" for name in states if states[name]) or "-",
             "left": left,
         }
-
-    def print(self, text: str) -> None:
-        self._console.print(text, highlight=False)

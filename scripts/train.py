@@ -21,9 +21,10 @@ from scripts.processes import Child
 from scripts.progress import Dashboard
 from scripts.report import plot
 from stream_rl import config
-from stream_rl.errors import StreamRLError
+from stream_rl.errors import PeerTimeout, StreamRLError
 from stream_rl.messages import Hello, Refused, Shutdown, Status, StatusRequest, StepRecord, Welcome
 from stream_rl.metrics import JsonLines, finite, unflatten
+from stream_rl.task import task_file
 from stream_rl.transport import Dealer
 
 INCARNATION = 1
@@ -38,7 +39,10 @@ def train(recipe: config.Recipe) -> dict[str, Any]:
     preflight.check(recipe)
     directory = fresh_directory(recipe.run_directory)
     with Dashboard(recipe.run.name, recipe.run.steps, recipe.supervise.plain_progress_s) as dashboard:
-        summary = asyncio.run(_Run(recipe, directory, dashboard).run())
+        try:
+            summary = asyncio.run(_Run(recipe, directory, dashboard).run())
+        except asyncio.CancelledError:  # SIGTERM
+            raise KeyboardInterrupt from None
     (directory / "summary.json").write_text(json.dumps(finite(summary), indent=2) + "\n")
     plot(directory)
     return summary
@@ -64,7 +68,7 @@ class _Run:
         self._started = time.monotonic()
         self._finished = asyncio.Event()
         self._status: dict[str, Any] = {}
-        self._stopping = False
+        self._signs, self._moved = "", 0.0
 
     async def run(self) -> dict[str, Any]:
         loop, main = asyncio.get_running_loop(), asyncio.current_task()
@@ -75,13 +79,18 @@ class _Run:
         except BaseExceptionGroup as failures:
             raise _first(failures) from None
         finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, lambda: None)  # it is stopping; the stop itself must not be cut short
             self._dashboard.phase("stopping")
             await self._stop()
 
     async def _supervise(self) -> dict[str, Any]:
+        config.dump(self._recipe, self._directory / "recipe.toml")
+        if not set(self._recipe.sglang) <= preflight.SGLANG_FAMILIAR:
+            await self._check_sglang()
         if self._recipe.warm_start.steps:
             self._recipe = await self._warm_start()
-        config.dump(self._recipe, self._directory / "recipe.toml")
+            config.dump(self._recipe, self._directory / "recipe.toml")
         async with asyncio.TaskGroup() as group:
             queue_address = await self._start_all(group)
             async with Dealer.connect(queue_address, f"observer-{os.getpid()}") as queue:
@@ -89,7 +98,6 @@ class _Run:
                 await self._finished.wait()
                 observing.cancel()
                 summary = await self._close_books(queue)
-            self._stopping = True
             await self._stop()
         return summary
 
@@ -125,7 +133,7 @@ class _Run:
     async def _start(
         self, group: asyncio.TaskGroup, name: str, module: str, *arguments: str, threads: int = 1
     ) -> dict[str, Any]:
-        """Start a process, watch it from its first moment, wait until it is up."""
+        """Start a process, wait until it is up, and watch it from then on."""
         child = await Child.start(
             name,
             module,
@@ -171,23 +179,53 @@ class _Run:
                 f"the plugin failed inside an engine ({faults} faults): it no longer streams or updates; "
                 f"look for 'failed' in {self._directory}/logs/engine-*.log"
             )
-        if status.finished and self._status.get("weights_hash_engine"):
+        if status.finished:
             self._finished.set()
+        self._notice_stall()
+
+    def _notice_stall(self) -> None:
+        """A queue that goes on ticking while nothing else does is no sign of life."""
+        names = ("steps", "received_tokens", "heldout_first", "heldout_last", "generated_tokens")
+        signs = repr([self._status.get(name) for name in names])
+        if signs != self._signs:
+            self._signs, self._moved = signs, self._wall()
+        if (silence := self._wall() - self._moved) > self._recipe.supervise.stall_timeout_s:
+            awaited = self._status.get("queue", {}).get("awaits", "")
+            raise PeerTimeout(f"nothing has moved for {silence:.0f} s (supervise.stall_timeout_s); awaited: {awaited}")
 
     async def _close_books(self, queue: Dealer) -> dict[str, Any]:
         """What is still in flight is dropped as run_end; the final figures."""
         timeout = self._recipe.supervise.peer_timeout_s
         await queue.send(Shutdown(reason="finished"))
         await queue.send(StatusRequest())
-        async with asyncio.timeout(timeout):
-            while True:
-                message = await queue.receive(timeout)
-                if isinstance(message, Status) and not message.fields.get("queue.trajectories.in_flight"):
-                    break
+        deadline = time.monotonic() + timeout
+        while True:
+            message = await queue.receive(deadline - time.monotonic())
+            # a status from before the shutdown may still be on its way
+            if isinstance(message, Status) and not any(
+                message.fields.get(f"queue.trajectories.{state}") for state in ("in_flight", "ready")
+            ):
+                break
         summary = unflatten(message.fields, message.texts)
         for name in NOT_IN_SUMMARY:
             summary.pop(name, None)
         return summary | {"wall_s": round(self._wall(), 1)}
+
+    async def _check_sglang(self) -> None:
+        """Ask SGLang itself whether it has the options of [sglang]: ten seconds of imports, before anything longer."""
+        self._dashboard.phase("asking SGLang about its options")
+        await self._run_to_end(
+            "engine-0", "engines.sglang.server", "--check", "--run-id", self._run_id, "--name", "engine-0",
+            "--incarnation", str(INCARNATION), "--queue", "", "--publisher", "",
+        )  # fmt: skip
+
+    async def _run_to_end(self, name: str, module: str, *arguments: str, threads: int = 1) -> None:
+        """Run a process that does one thing and ends."""
+        log, recipe = self._directory / "logs" / f"{name}.log", str(self._directory / "recipe.toml")
+        child = await Child.start(name, module, [recipe, *arguments], log, threads)
+        self._children.append(child)
+        await child.wait()
+        self._children.remove(child)
 
     async def _warm_start(self) -> config.Recipe:
         """The recipe with its model replaced by one that has seen the demonstrations; kept for the next run."""
@@ -195,15 +233,8 @@ class _Run:
         output = warm_start_directory(recipe)
         if not output.is_dir():
             self._dashboard.phase(f"warm start: {recipe.warm_start.steps} supervised steps")
-            config.dump(recipe, self._directory / "warm_start.toml")
-            child = await Child.start(
-                "warm-start", "actors.warm_start",
-                [str(self._directory / "warm_start.toml"), "--output", str(output)],
-                self._directory / "logs" / "warm-start.log", max(recipe.learner.threads, os.cpu_count() or 1),
-            )  # fmt: skip
-            self._children.append(child)
-            await child.wait()
-            self._children.remove(child)
+            threads = max(recipe.learner.threads, os.cpu_count() or 1)
+            await self._run_to_end("warm-start", "actors.warm_start", "--output", str(output), threads=threads)
         self._dashboard.phase(f"warm start: {output}")
         return dataclasses.replace(recipe, model=config.Model(path=str(output)))
 
@@ -214,8 +245,9 @@ class _Run:
         async with asyncio.TaskGroup() as group:
             for child in asking:
                 group.create_task(child.stop(timeout))
-        for child in reversed([child for child in self._children if child not in asking]):
-            await child.stop(timeout)
+        async with asyncio.TaskGroup() as group:
+            for child in self._children:
+                group.create_task(child.stop(timeout))
 
     def _wall(self) -> float:
         return time.monotonic() - self._started
@@ -226,7 +258,8 @@ def warm_start_directory(recipe: config.Recipe) -> pathlib.Path:
     told = dataclasses.asdict(recipe)
     files = sorted(pathlib.Path(recipe.model.path).glob("*"))
     stamp = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    parts = [told["task"], told["warm_start"], told["learner"], recipe.run.seed, stamp]
+    source = task_file(recipe.task.use).read_bytes()
+    parts = [told["task"], source, told["warm_start"], told["learner"], recipe.run.seed, stamp]
     return pathlib.Path(f"{recipe.model.path}-warm-{hashlib.sha256(repr(parts).encode()).hexdigest()[:12]}")
 
 

@@ -11,7 +11,7 @@ import tomllib
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import tomli_w
@@ -77,15 +77,14 @@ class Queue:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Algorithm:
-    advantage: str = "grpo"
+    advantage: Literal["grpo", "centered"] = "grpo"
     """grpo: reward minus group mean, over group std; centered: without the std."""
-    loss: str = "ppo_clip"
+    loss: Literal["ppo_clip"] = "ppo_clip"
     clip_low: float = 0.2
     clip_high: float = 0.2
     importance_cap: float = 2.0
     """Truncation of the per-token importance weight proximal/behaviour."""
-    aggregation: str = "token_mean"
-    """token_mean, sequence_mean or constant."""
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     constant: float = 0.0
     """The divisor of `aggregation = "constant"`."""
 
@@ -143,8 +142,10 @@ class Engine:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Supervise:
-    stop_timeout_s: float = 15.0
+    stop_timeout_s: float = 10.0
     """From asking a process to end until it is killed."""
+    stall_timeout_s: float = 600.0
+    """A run in which nothing moves for this long ends, saying what was awaited."""
     peer_timeout_s: float = 60.0
     """Longest wait for an answer that needs no work: registrations, acknowledgements."""
     plain_progress_s: float = 5.0
@@ -213,6 +214,8 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
                 raise ConfigError(f"{here} must be a table of options, got {value!r}")
             values[name] = build(typing.cast(type[Any], hint), value, here)
             continue
+        if typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
+            raise ConfigError(f"{here} must be one of {list(typing.get_args(hint))}, got {value!r}")
         try:
             values[name] = msgspec.convert(value, hint)
         except msgspec.ValidationError as error:

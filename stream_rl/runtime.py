@@ -18,6 +18,8 @@ from typing import Any
 import uvloop
 
 log = logging.getLogger(__name__)
+PARENT = "STREAM_RL_PARENT"
+"""Environment variable with the starting process's pid; taken out at once, so that grandchildren do not inherit it."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -33,9 +35,14 @@ def run(main: Coroutine[Any, Any, None]) -> None:
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to end this process when the supervisor is gone, however it went (Linux)."""
+    """Ask the kernel to end this process when the one that started it is gone, however it went (Linux).
+
+    A parent that names itself in `PARENT` is also missed if it went before this call, while we were importing.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if (parent := os.environ.pop(PARENT, None)) is not None and os.getppid() != int(parent):
+        sys.exit("the process that started this one is gone")
 
 
 async def supervise(**loops: Coroutine[Any, Any, Any]) -> None:
@@ -77,7 +84,7 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 
 def report_ready(fd: int | None, **fields: str | int) -> None:
-    """Tell the supervisor that this process is up.  The pipe stays open: its end tells of this process's end."""
+    """Tell the supervisor that this process is up."""
     if fd is not None:
         os.write(fd, (json.dumps(fields) + "\n").encode())
 

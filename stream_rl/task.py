@@ -79,6 +79,17 @@ def load_task(target: str, options: Mapping[str, Any]) -> Task:
     return task
 
 
+def task_file(target: str) -> pathlib.Path:
+    """The source file of a task that `load_task` takes."""
+    name = target.rpartition(":")[0]
+    if name.endswith(".py"):
+        return pathlib.Path(name)
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"task.use: {name!r} has no source file")
+    return pathlib.Path(spec.origin)
+
+
 def _module(name: str, target: str) -> Any:
     if name.endswith(".py"):
         path = pathlib.Path(name).resolve()

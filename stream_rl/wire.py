@@ -116,7 +116,10 @@ def decode(frames: Sequence[Frame]) -> Any:
 
 
 def _array(name: str, field: str, dtype: np.dtype[Any], shape: object, frame: Frame) -> np.ndarray[Any, Any]:
-    if not isinstance(shape, list) or len(shape) > 4 or not all(type(n) is int and n >= 0 for n in shape):
+    sizes_fit = (
+        isinstance(shape, list) and len(shape) <= 4 and all(type(n) is int and 0 <= n <= MAX_ARRAY_BYTES for n in shape)
+    )
+    if not isinstance(shape, list) or not sizes_fit:
         raise WireError("array_shape", f"{name}.{field}: a shape is a list of sizes, got {shape!r}")
     count = 1
     for n in shape:
@@ -125,7 +128,10 @@ def _array(name: str, field: str, dtype: np.dtype[Any], shape: object, frame: Fr
         raise WireError("array_too_large", f"{name}.{field}: {count * dtype.itemsize} bytes > {MAX_ARRAY_BYTES}")
     if len(frame) != count * dtype.itemsize:
         raise WireError("array_length", f"{name}.{field}: {shape} of {dtype} is not {len(frame)} bytes")
-    return np.frombuffer(frame, dtype=dtype).reshape(shape).copy()
+    try:
+        return np.frombuffer(frame, dtype=dtype).reshape(shape).copy()
+    except ValueError as error:  # numpy's own limits, on shapes with a 0 in them
+        raise WireError("array_shape", f"{name}.{field}: {shape}: {error}") from error
 
 
 def registered() -> types.MappingProxyType[str, type[Any]]:

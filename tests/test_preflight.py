@@ -160,6 +160,60 @@ def test_a_sharded_engine_is_refused_by_name(directory: pathlib.Path) -> None:
     assert "tp_size" in refusal(directory, "sglang.tp_size=2")
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("algorithm.aggregation=foo", ["aggregation", "token_mean", "foo"]),
+        ("algorithm.advantage=foo", ["advantage", "grpo", "foo"]),
+        ("rollout.heldout_concurrency=0", ["heldout_concurrency", "at least 1"]),
+        ("engine.buffer_bytes=0", ["buffer_bytes"]),
+        ("engine.count=0", ["engine.count"]),
+        ("rollout.group_size=1", ["group_size", "at least 2"]),
+        ("sglang.dp_size=2", ["dp_size", "engine.count"]),
+        ("sglang.port=abc", ["port", "'abc'"]),
+        ("sglang.host=0.0.0.0", ["host"]),
+        ("sglang.max_total_tokens=4", ["tokens"]),
+    ],
+)
+def test_settings_that_could_hang_or_fail_late_are_refused(
+    directory: pathlib.Path, override: str, words: list[str]
+) -> None:
+    line = refusal(directory, override)
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.server
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("sglang.no_such_option=1", ["engine-0", "no_such_option"]),
+        ("learner.optimizer.lrr=1.0", ["learner", "lrr"]),
+        ("learner.model.no_such_field=1", ["learner", "no_such_field"]),
+    ],
+)
+def test_options_of_others_that_they_do_not_have_end_the_run_in_one_line(
+    directory: pathlib.Path, override: str, words: list[str]
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.cli", "train", str(directory / "recipe.toml"), override],
+        capture_output=True, text=True, timeout=90, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_prompt_data_that_cannot_travel_is_refused(directory: pathlib.Path) -> None:
+    (directory / "mine.py").write_text(
+        "from stream_rl.task import Prompt\nclass Mine:\n    def prompts(self, split, seed):\n"
+        "        while True:\n            yield Prompt(text='00001=', data={'a': object()})\n"
+        "    def reward(self, prompt, completion):\n        return 0.0"
+    )
+    assert "travel" in refusal(directory, f"task.use={directory / 'mine.py'}:Mine")
+
+
 def test_a_recipe_that_is_no_toml_is_refused(directory: pathlib.Path) -> None:
     (directory / "recipe.toml").write_text("[run\nname=")
     assert "TOML" in refusal(directory)

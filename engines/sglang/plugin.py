@@ -24,6 +24,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
+from engines.sglang.streaming import finish_of
 from stream_rl.types import Finish, Version
 
 log = logging.getLogger("stream_rl.plugin")
@@ -99,20 +100,19 @@ class Plugin:
     def observe(self, requests: list[Any]) -> None:
         if not self.streams:
             return
+        self.counters.aborts += sum(
+            self.stream.owns(request.rid) and not request.finished_output and finish_of(request) is Finish.ABORT
+            for request in requests
+        )
         self.stream.observe(requests, self.sampled_by, time.perf_counter())
         self.counters.generated_tokens = self.stream.tokens
-        self.counters.aborts += sum(
-            self.stream.owns(r.rid) and not r.finished_output and r.finished()
-            and r.finished_reason.to_json()["type"] == Finish.ABORT
-            for r in requests
-        )  # fmt: skip
 
-    def abort_waiting(self, before: set[str], after: set[str]) -> None:
-        """Requests that an abort took out of the waiting queue."""
-        for rid in before - after:
-            if self.streams and self.stream.owns(rid):
-                self.counters.aborts += 1
-                self.stream.abort_waiting(rid)
+    def told_tokenizer(self, output: Any) -> None:
+        """A request that is aborted where no step reports it (in a queue, in mid-prefill, for lack of memory) has its
+        abort sent straight to the tokenizer manager."""
+        if type(output).__name__ == "AbortReq" and self.streams and self.stream.owns(output.rid):
+            self.counters.aborts += 1
+            self.stream.abort_waiting(output.rid)
 
     def commit(self, order: CommitWeights) -> None:
         """SGLang's dispatcher calls this on every rank, in the same turn."""
@@ -198,15 +198,22 @@ def register() -> None:
         plugin.sampled_by = result.stream_rl_version
 
     @_guarded
-    def before_output(plugin: Plugin, streamer: Any, reqs: list[Any], *_: Any, **__: Any) -> None:
-        plugin.observe(reqs)
+    def before_output(
+        plugin: Plugin, streamer: Any, reqs: list[Any], return_logprob: bool, skip_req: Any = None, **_: Any
+    ) -> None:
+        plugin.observe([request for request in reqs if request is not skip_req])
 
     @_guarded
     def admitted(plugin: Plugin, scheduler: Any, request: Any, *_: Any, **__: Any) -> None:
-        # Chosen here and not by the client, whose choice would race with a commit.  No prefix hit crosses a key.
+        # Chosen here and not by the client, whose choice would race with a commit.  No prefix hit crosses a key:
+        # not for the run's requests, and not for an evaluation, which is to measure one version.
+        request.extra_key = f"version {plugin.weights.version}"
         if plugin.stream.owns(request.rid):
-            request.extra_key = f"version {plugin.weights.version}"
             plugin.counters.admitted(time.perf_counter())
+
+    @_guarded
+    def told_tokenizer(plugin: Plugin, sender: Any, output: Any, *_: Any, **__: Any) -> None:
+        plugin.told_tokenizer(output)
 
     @_guarded
     def paused(plugin: Plugin, *_: Any, **__: Any) -> None:
@@ -215,16 +222,6 @@ def register() -> None:
     @_guarded
     def retracted(plugin: Plugin, result: Any, *_: Any, **__: Any) -> None:
         plugin.counters.retractions += len(result[0])
-
-    def abort(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-        before = {request.rid for request in scheduler.waiting_queue}
-        output = original(scheduler, *args, **kwargs)
-        aborted(before, {request.rid for request in scheduler.waiting_queue})
-        return output
-
-    @_guarded
-    def aborted(plugin: Plugin, before: set[str], after: set[str]) -> None:
-        plugin.abort_waiting(before, after)
 
     scheduler = "sglang.srt.managers.scheduler.Scheduler"
     parts = "sglang.srt.managers.scheduler_components"
@@ -237,7 +234,7 @@ def register() -> None:
         (f"{parts}.output_streamer.SchedulerOutputStreamer.stream_output", before_output, HookType.BEFORE),
         (f"{scheduler}.handle_generate_request", admitted, HookType.BEFORE),
         (f"{scheduler}.pause_generation", paused, HookType.BEFORE),
-        (f"{scheduler}.abort_request", abort, HookType.AROUND),
+        (f"{parts}.output_sender.SenderWrapper.send_output", told_tokenizer, HookType.BEFORE),
         ("sglang.srt.managers.schedule_batch.ScheduleBatch.retract_decode", retracted, HookType.AFTER),
     ):
         HookRegistry.register(target, hook, kind)

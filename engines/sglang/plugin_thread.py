@@ -84,8 +84,8 @@ class PluginThread:
         """The version to make live now, once."""
         if self._order is None:
             return None
-        self.commit_wakeup.clear()
         order, self._order = self._order, None
+        self.commit_wakeup.clear()
         return order
 
     def post_live(self, target: Version, stall_seconds: float, problem: str) -> None:
@@ -139,8 +139,9 @@ class PluginThread:
                 self._stage(hub, message)
             case CommitOrder():
                 if self._weights.staged == message.target:
-                    self._order = message.target
+                    # in this order: a scheduler that takes the order finds the wake-up set and clears it
                     self.commit_wakeup.set()
+                    self._order = message.target
             case HashOrder():
                 self._hash_asked = True
                 self._answer_hash(hub)

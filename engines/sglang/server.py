@@ -43,7 +43,7 @@ def arguments(options: Mapping[str, Any], model_path: str, port: int) -> list[st
             raise ConfigError(f"[sglang] {name}: SGLang has no such server argument; near it are {near}")
     words = ["--model-path", model_path, "--host", "127.0.0.1", "--port", str(port)]
     for name, value in options.items():
-        if name in ("model_path", "host", "port") or value is False:
+        if name == "port" or value is False:
             continue
         words.append("--" + name.replace("_", "-"))
         if isinstance(value, list):
@@ -63,11 +63,15 @@ def main() -> None:
     parser.add_argument("--publisher", required=True)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--ready-fd", type=int)
+    parser.add_argument("--check", action="store_true", help="only see whether SGLang has the options of [sglang]")
     options = parser.parse_args()
     runtime.die_with_parent()
     try:
         recipe = config.load(options.recipe)
-        _serve(recipe, options)
+        if options.check:
+            arguments(recipe.sglang, recipe.model.path, 0)
+        else:
+            _serve(recipe, options)
     except StreamRLError as error:
         sys.exit(f"{options.name}: {error}")
 

@@ -66,6 +66,9 @@ class LiveWeights:
             raise
 
     def _receive(self, part: UpdatePart) -> Version | None:
+        columns = {len(column) for column in (part.names, part.codes, part.sizes, part.dtypes)}
+        if not 0 <= part.part < part.parts or len(columns) != 1:
+            raise WeightsError(f"part {part.part} of {part.parts} of version {part.target} is malformed")
         if part.run != self._run:
             raise WeightsError(f"this engine belongs to run {self._run!r}, the update to run {part.run!r}")
         if self._staged is not None:
@@ -140,6 +143,7 @@ class LiveWeights:
         staged = self._staged
         if staged is None or staged.target != target:
             raise WeightsError(f"asked to make {target} live, staged is {staged.target if staged else 'nothing'}")
+        self._previous, self._staged = staged, None
         with torch.no_grad(), on_forward_stream():
             for write in staged.writes:
                 write.apply()
@@ -148,7 +152,6 @@ class LiveWeights:
                 self._written.record()
         self.version = target
         self._sums = staged.sums
-        self._previous, self._staged = staged, None
         return time.perf_counter() - start
 
     @property

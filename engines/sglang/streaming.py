@@ -52,6 +52,16 @@ def finish_of(request: Any) -> Finish:
     return Finish(request.finished_reason.to_json()["type"])
 
 
+def _length(request: Any, finish: Finish) -> int:
+    """How many of a request's tokens count: those up to its stop, and of an aborted one those with a log-prob (a
+    request that the scheduler refuses is run for one token without)."""
+    if finish is Finish.ABORT:
+        return min(len(request.output_ids), len(request.logprob.output_token_logprobs_val or ()))
+    if finish and request.finished_len is not None:
+        return int(request.finished_len)
+    return len(request.output_ids)
+
+
 class ChunkStream:
     """All requests of one run in one engine."""
 
@@ -88,8 +98,7 @@ class ChunkStream:
                     continue
                 segment = self._segments[request.rid] = _Segment(request)
             finish = finish_of(request)
-            cut = request.finished_len if finish else None
-            length = len(request.output_ids) if cut is None else cut
+            length = _length(request, finish)
             if length > segment.seen:
                 if segment.sent == segment.seen:
                     segment.since = now
@@ -138,19 +147,13 @@ class ChunkStream:
 
     def _cut(self, segment: _Segment) -> Row:
         request, start, end = segment.request, segment.sent, segment.seen
-        logprobs = request.logprob.output_token_logprobs_val if hasattr(request, "logprob") else None
-        if logprobs is None:
-            logprobs = getattr(request, "output_token_logprobs_val", None)
-        if logprobs is None and end > start:
-            raise ValueError(f"{request.rid} was sent without return_logprob; its tokens cannot be trained")
-        row = Row(
-            request.rid,
-            start,
-            request.output_ids[start:end],
-            logprobs[start:end] if logprobs is not None else (),
-            tuple(segment.spans),
-            segment.finish,
-        )
+        logprobs = (request.logprob.output_token_logprobs_val or ())[start:end]
+        if len(logprobs) != end - start:
+            raise ValueError(
+                f"{request.rid} has {len(logprobs)} log-probs for {end - start} tokens; return_logprob is off"
+            )
+        spans = tuple(segment.spans)
+        row = Row(request.rid, start, request.output_ids[start:end], logprobs, spans, segment.finish)
         segment.sent, segment.spans = end, []
         self.tokens += end - start
         if segment.finish:

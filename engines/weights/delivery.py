@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engines.weights.chain import Chain, Update
+from stream_rl.errors import WeightsError
 from stream_rl.messages import (
     CommitOrder,
     EngineHello,
@@ -66,8 +67,12 @@ class Delivery:
         """The chain has a new version (or the final one is known)."""
         return [out for engine in self._engines.values() for out in self._next(engine)]
 
-    def handle(self, peer: bytes, message: Any) -> Outgoing:
-        """A message of an engine's rank."""
+    def unreachable(self, peer: bytes) -> None:
+        """A message to this rank could not be sent.  Its engine is forgotten until it says hello again."""
+        self._engines = {name: e for name, e in self._engines.items() if peer not in e.peers.values()}
+
+    def handle(self, peer: bytes, message: EngineHello | Staged | Live | HashReport) -> Outgoing:
+        """A message of an engine's rank.  Raises WeightsError if an engine cannot be brought up to date at all."""
         if isinstance(message, EngineHello):
             return self._hello(peer, message)
         engine = self._engines.get(message.engine)
@@ -80,12 +85,13 @@ class Delivery:
                 return self._live(engine, message)
             case HashReport():
                 return self._hashed(engine, message)
-        return [(peer, Refused(reason="unexpected", detail=f"no use for a {type(message).__name__}"))]
 
     def _hello(self, peer: bytes, hello: EngineHello) -> Outgoing:
         if hello.run != self._run:
             detail = f"this publisher serves run {self._run!r}, engine {hello.engine} belongs to {hello.run!r}"
             return [(peer, Refused(reason="other_run", detail=detail))]
+        if not 0 <= hello.rank < hello.ranks:
+            return [(peer, Refused(reason="bad_rank", detail=f"rank {hello.rank} of {hello.ranks}"))]
         engine = self._engines.get(hello.engine)
         if engine is not None and hello.incarnation < engine.incarnation:
             return [(peer, Refused(reason="fenced", detail=f"{hello.engine} has restarted since"))]
@@ -127,7 +133,7 @@ class Delivery:
         if staged.problem:
             log.warning("%s cannot take version %s: %s", engine.name, staged.target, staged.problem)
             if engine.update.anchor:
-                return []  # an anchor needs no base: sending the same again would loop; the queue sees it lag
+                raise WeightsError(f"{engine.name} cannot even take all of version {staged.target}: {staged.problem}")
             return self._send(engine, self._chain.anchor())
         engine.staged.add(staged.rank)
         if len(engine.staged) < engine.ranks:
@@ -142,8 +148,10 @@ class Delivery:
         if len(engine.live) < engine.ranks:
             return []
         ranks = list(engine.live.values())
+        if problems := [rank.problem for rank in ranks if rank.problem]:
+            raise WeightsError(f"{engine.name} failed while it made version {live.target} live: {problems[0]}")
         total = _total([rank.weights_hash for rank in ranks])
-        matches = total == self._chain.hashes[update.target] and not any(rank.problem for rank in ranks)
+        matches = total == self._chain.hashes[update.target]
         self.reports.append(
             VersionReport(
                 engine=engine.name,
@@ -177,8 +185,11 @@ class Delivery:
         return [(peer, HashOrder(version=engine.held)) for peer in engine.peers.values()]
 
     def _hashed(self, engine: _Engine, report: HashReport) -> Outgoing:
-        if not engine.verifying or report.version != engine.held:
+        if not engine.verifying:
             return []
+        if report.version != engine.held:
+            engine.verifying, engine.verify = False, True
+            return self._next(engine)
         engine.hashes[report.rank] = report
         if len(engine.hashes) < engine.ranks:
             return []

@@ -16,7 +16,17 @@ from engines.weights.chain import Chain, snapshot_tensors
 from engines.weights.delivery import Delivery, Outgoing
 from stream_rl import config, runtime
 from stream_rl.errors import StreamRLError
-from stream_rl.messages import Hello, LearnerDone, Refused, Snapshot, SnapshotTaken
+from stream_rl.messages import (
+    EngineHello,
+    HashReport,
+    Hello,
+    LearnerDone,
+    Live,
+    Refused,
+    Snapshot,
+    SnapshotTaken,
+    Staged,
+)
 from stream_rl.transport import Dealer, Router
 from stream_rl.types import Version
 
@@ -44,7 +54,7 @@ class Publisher:
                 case LearnerDone():
                     self._delivery.final = message.final
                     await self._send(self._delivery.advance())
-                case _ if hasattr(message, "engine"):
+                case EngineHello() | Staged() | Live() | HashReport():
                     await self._send(self._delivery.handle(peer, message))
                 case _:
                     detail = f"the publisher has no use for a {type(message).__name__}"
@@ -57,6 +67,8 @@ class Publisher:
         if part.run != self._run:
             detail = f"this publisher serves run {self._run!r}, the snapshot is of {part.run!r}"
             return [(peer, Refused(reason="other_run", detail=detail))]
+        if not 0 <= part.part < part.parts:
+            return [(peer, Refused(reason="bad_part", detail=f"part {part.part} of {part.parts}"))]
         if part.version != self._incoming_version:
             self._incoming, self._incoming_version = {}, part.version
         self._incoming[part.part] = part
@@ -76,7 +88,8 @@ class Publisher:
 
     async def _send(self, outgoing: Outgoing) -> None:
         for peer, message in outgoing:
-            await self._router.send(peer, message)
+            if not await self._router.send(peer, message):
+                self._delivery.unreachable(peer)
 
 
 async def main(arguments: argparse.Namespace) -> None:
