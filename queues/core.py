@@ -118,11 +118,13 @@ class QueueCore:
     @property
     def finished(self) -> bool:
         """The learner is done, the last evaluation is in, and every engine's weights were hashed in full at the end."""
+        return self.tallies.learner_done is not None and "last" in self.tallies.evaluated and not self.unverified()
+
+    def unverified(self) -> list[str]:
+        """Engines whose live weights were not hashed in full at the final version yet."""
         done, verified = self.tallies.learner_done, self.tallies.verified
-        if done is None or "last" not in self.tallies.evaluated:
-            return False
         engines = [peer.name for peer in self.registry.of_role("engine")]
-        return all(name in verified and verified[name].version == done.final for name in engines)
+        return [name for name in engines if done and (name not in verified or verified[name].version != done.final)]
 
     def summary(self) -> dict[str, object]:
         return summary(self)

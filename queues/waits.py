@@ -22,8 +22,12 @@ def _inputs(core: "QueueCore") -> Iterator[str]:
         if not any(core.registry.of_role(role)):
             yield f"hello of {words}"
     done = core.tallies.learner_done
-    if core.drained:
-        yield "shutdown" if core.finished else "evaluation of the last version"
+    if core.drained and core.finished:
+        yield "shutdown"
+    elif core.drained:
+        if "last" not in core.tallies.evaluated:
+            yield "evaluation of the last version"
+        yield from (f"the hash of all of {name}'s live weights" for name in core.unverified())
     elif done is not None:
         yield from (f"{peer.name} to hold version {done.final}" for peer in core.behind(done.final))
     elif core.lease is not None:

@@ -304,6 +304,8 @@ class UpdatePart:
     """crc32 of `payload`."""
     target_hash: str
     """Fingerprint of the whole model at `target`."""
+    attempt: int = 0
+    """Counts what the publisher has sent to this engine: a newer attempt replaces whatever was staged before it."""
     payload: ByteArray
 
 
@@ -315,6 +317,8 @@ class Staged:
     incarnation: int
     rank: int
     target: Version
+    attempt: int = 0
+    """Of the parts; an answer to an older one is ignored."""
     problem: str = ""
     """Why it cannot be applied, if it cannot: base, checksum, shape.  The publisher answers with an anchor."""
 

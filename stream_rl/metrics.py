@@ -54,6 +54,8 @@ def finite(tree: Any) -> Any:
     """The same tree with null for NaN and infinities, which JSON does not have."""
     if isinstance(tree, Mapping):
         return {key: finite(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [finite(value) for value in tree]
     if isinstance(tree, float) and not math.isfinite(tree):
         return None
     return tree

@@ -28,17 +28,28 @@ HIGH_WATER_MARK = 2048
 """Messages queued per peer and direction.  A peer this far behind is treated as gone (ROUTER) or slows its sender
 (DEALER); at a few hundred kilobytes a message it bounds memory far below a machine's."""
 
+YIELD_EVERY = 32
+"""Messages received in a row before other loops get their turn: a few milliseconds' worth."""
+
 M = TypeVar("M")
 
 
 def check_address(address: str) -> None:
     """Raises ConfigError for an address that another machine could reach."""
-    if address.startswith(("ipc://", "inproc://", "tcp://127.", "tcp://localhost:", "tcp://[::1]:")):
+    if address.startswith("tcp://") and not 0 <= _port(address) <= 65535:
+        raise ConfigError(f"{address!r}: a port is a number from 0 (any free one) to 65535")
+    if address.startswith(("ipc://", "inproc://", "tcp://127.", "tcp://localhost:")):
         return
     raise ConfigError(
         f"{address!r} can be reached from other machines, and this traffic has no keys (CURVE) yet; "
         "bind to tcp://127.0.0.1:PORT or ipc://PATH"
     )
+
+
+def _port(address: str) -> int:
+    """The port of a tcp address, -1 if it is no number; ZeroMQ itself folds 99999 into 34463."""
+    text = address.rpartition(":")[2]
+    return int(text) if text.isascii() and text.isdigit() else 0 if text == "*" else -1
 
 
 def _prepare(socket: "zmq.Socket[Any]") -> None:
@@ -56,6 +67,7 @@ class _AsyncSocket:
         self._socket = self._context.socket(kind)
         _prepare(self._socket)
         self.refused: Counter[str] = Counter()
+        self._received = 0
 
     async def __aenter__(self) -> Self:
         return self
@@ -68,6 +80,15 @@ class _AsyncSocket:
     def close(self) -> None:
         self._socket.close()
         self._context.term()
+
+    async def _frames(self) -> list[bytes]:
+        """A message that is already here is received without a turn of the event loop, so a flood of them would
+        starve every other loop of the process: let the others run now and then."""
+        self._received += 1
+        if self._received % YIELD_EVERY == 0:
+            await asyncio.sleep(0)
+        frames: list[bytes] = await self._socket.recv_multipart()
+        return frames
 
     def _decoded(self, frames: list[bytes]) -> Any | None:
         try:
@@ -101,7 +122,7 @@ class Router(_AsyncSocket):
     async def receive(self) -> tuple[bytes, Any]:
         """The next well-formed message and the identity of its sender."""
         while True:
-            peer, *frames = await self._socket.recv_multipart()
+            peer, *frames = await self._frames()
             if (message := self._decoded(frames)) is not None:
                 return peer, message
 
@@ -141,18 +162,20 @@ class Dealer(_AsyncSocket):
         try:
             async with asyncio.timeout(timeout):
                 while True:
-                    if (message := self._decoded(await self._socket.recv_multipart())) is not None:
+                    if (message := self._decoded(await self._frames())) is not None:
                         return message
         except TimeoutError:
             raise PeerTimeout(f"{self.address} sent nothing for {timeout} s") from None
 
     async def request(self, message: Any, reply: type[M], timeout: float) -> M:
         """Send, then wait for a `reply`.  For conversations in which nothing else can come."""
-        await self.send(message)
         try:
-            answer = await self.receive(timeout)
-        except PeerTimeout as error:
-            raise PeerTimeout(f"no {reply.__name__} for {type(message).__name__}: {error}") from None
+            async with asyncio.timeout(timeout):
+                await self.send(message)
+                answer = await self.receive()
+        except TimeoutError:
+            what = f"no {reply.__name__} for {type(message).__name__}"
+            raise PeerTimeout(f"{what}: {self.address} sent nothing for {timeout} s") from None
         if not isinstance(answer, reply):
             raise WireError("unexpected_reply", f"expected {reply.__name__} from {self.address}, got {answer!r}")
         return answer

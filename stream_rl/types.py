@@ -69,9 +69,10 @@ def make_rid(run: str, group: int, member: int, segment: int) -> str:
 def parse_rid(rid: str) -> tuple[str, int, int, int]:
     """Inverse of `make_rid`.  Raises ValueError for anything that `make_rid` did not make."""
     run, group, member, segment = rid.split("/")
-    if not segment.endswith(".") or not run:
-        raise ValueError(f"request id must be run/group/member/segment., got {rid!r}")
-    return run, int(group), int(member), int(segment[:-1])
+    parts = run, int(group), int(member), int(segment[:-1])
+    if make_rid(*parts) != rid or not run or min(parts[1:]) < 0:
+        raise ValueError(f"a request id is run/group/member/segment., got {rid!r}")
+    return parts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -172,6 +172,19 @@ def test_aborted_requests_say_so_and_are_counted_also_those_that_wait(
     assert harness.stats is not None and harness.stats.counters["aborts"] == before + len(names)
 
 
+def test_a_request_that_the_scheduler_refuses_harms_no_other(harness: EngineHarness, publishing: Publishing) -> None:
+    """SGLang runs a prompt that is too long for its pool for one token without a log-prob, then aborts it."""
+    good, (refused,) = rids(4), rids(1)
+    answers = harness.start_many([harness.generate(name, [3, 4, 5], 80) for name in good])
+    harness.start_many([harness.generate(refused, [1] * 4090, 1)]).result(60)
+    results = answers.result(60)
+    for stream, answer in zip(finished(harness, good), results, strict=True):
+        assert stream.token_ids == answer["output_ids"]
+        assert len(stream.logprobs) == 80
+    harness.wait(lambda: harness.streams[refused].finish == "abort", "the refused request's end")
+    assert harness.streams[refused].token_ids == []
+
+
 def test_pauses_are_counted_inside_the_server(harness: EngineHarness, publishing: Publishing) -> None:
     before = harness.stats.counters["pauses"] if harness.stats else 0
     harness.call(harness.post("/pause_generation", mode="in_place"))

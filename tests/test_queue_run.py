@@ -115,6 +115,10 @@ def test_drain_waits_for_every_engine_and_cancels_what_is_in_flight():
     assert run.core.tallies.aborted == 0
     assert not run.core.finished
     run.say("actor-0", m.Evaluated(label="last", version=final, rewards=np.array([1, 0], np.float32)))
+    verified = {"engine": "engine-0", "weights_hash": "abc", "expected": "abc"}
+    run.say("publisher-0", m.EngineVerified(version=Version(0, 0), **verified))
+    assert not run.core.finished, "a hash of an earlier version proves nothing about the last"
+    run.say("publisher-0", m.EngineVerified(version=final, **verified))
     assert run.core.finished
     assert run.core.summary()["heldout_last"] == 0.5
     assert run.request(1)[0][1].reason == "run_ended"

@@ -105,7 +105,7 @@ def test_shortest_answers_are_long_tailed() -> None:
 
 @pytest.mark.parametrize("options", [{"digits": 0}, {"digits": 9}, {"spread": 0.0}, {"fondness": 2.0}])
 def test_the_cashier_refuses_options_that_cannot_work(options: dict[str, Any]) -> None:
-    with pytest.raises(TaskError, match="cashier"):
+    with pytest.raises(ConfigError, match="cashier"):
         load_task("actors.tasks.cashier:Cashier", options)
 
 

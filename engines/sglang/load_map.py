@@ -38,14 +38,6 @@ class Piece:
     stride: tuple[int, ...]
     """Flat checkpoint position of element (i, j, ...) of `live`: offset + i * stride[0] + j * stride[1] + ..."""
 
-    def positions(self) -> torch.Tensor:
-        """[*live.shape] flat checkpoint positions."""
-        total = torch.full((), self.offset, dtype=torch.int64, device=self.live.device)
-        for axis, (size, stride) in enumerate(zip(self.live.shape, self.stride, strict=True)):
-            steps = torch.arange(size, dtype=torch.int64, device=self.live.device) * stride
-            total = total + steps.reshape([-1 if a == axis else 1 for a in range(self.live.dim())])
-        return total.expand(self.live.shape)
-
     @property
     def whole(self) -> bool:
         """True if this piece is one checkpoint tensor from its first element to its last, in order."""
@@ -81,8 +73,6 @@ class LoadMap:
         for piece in self.pieces[update.name]:
             if device_bits is None:
                 device_bits = update.bits.to(piece.live.device, copy=False)
-            if not piece.whole:
-                raise WeightsError(f"{update.name} is sharded in this engine; only tp_size = 1 can be updated live")
             if update.indices is None:
                 writes.append(Write(piece.live, None, device_bits.view(piece.live.shape)))
             else:
@@ -97,16 +87,13 @@ class LoadMap:
     def live_sum(self, name: str) -> int:
         """This rank's part of a tensor's fingerprint, recomputed from live memory.  Raises WeightsError if copies of
         the tensor within the rank differ."""
-        seed = fingerprint.seed_of(name)
-        sums = []
-        for piece in self.pieces[name]:
-            if piece.whole:
-                sums.append(fingerprint.tensor_sum(name, piece.live.reshape(-1)))
-            else:
-                sums.append(fingerprint.element_sum(seed, piece.positions().reshape(-1), piece.live.reshape(-1)))
+        sums = [fingerprint.tensor_sum(name, piece.live.reshape(-1)) for piece in self.pieces[name]]
         if len(set(sums)) != 1:
             raise WeightsError(f"{name} is held {len(sums)} times in this engine, with different bits")
         return sums[0]
+
+
+_CONSTANTS = frozenset({torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor, torch.ops.aten.zero_.default})
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -118,19 +105,24 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.aten.copy_.default and _storage(args[0]) in self.parameters:
-            target, source = args[0], args[1]
-            name = self.sources.get(_storage(source))
-            if name is None or target.shape != source.shape:
-                parameter = self.parameters[_storage(target)]
-                raise WeightsError(
-                    f"{parameter} is derived from the checkpoint while it is loaded, not copied; "
-                    "this model cannot be updated live"
-                )
-            piece = Piece(fingerprint.bits_of(target.detach()), source.storage_offset(), tuple(source.stride()))
-            self.found.setdefault(name, []).append(piece)
-            return target
-        return func(*args, **(kwargs or {}))
+        target = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if target is None or not func._schema.is_mutable or _storage(target) not in self.parameters:
+            return func(*args, **(kwargs or {}))
+        parameter = self.parameters[_storage(target)]
+        if func in _CONSTANTS:
+            return target  # padding; what is live has it already
+        source = args[1] if func is torch.ops.aten.copy_.default else None
+        name = None if source is None else self.sources.get(_storage(source))
+        if source is None or name is None or target.shape != source.shape:
+            raise WeightsError(
+                f"{parameter} is derived from the checkpoint while it is loaded, not copied; this model cannot be "
+                "updated live"
+            )
+        if target.dtype != source.dtype:
+            raise WeightsError(f"{name} is {source.dtype} in the checkpoint, {parameter} {target.dtype}; set dtype")
+        piece = Piece(fingerprint.bits_of(target.detach()), source.storage_offset(), tuple(source.stride()))
+        self.found.setdefault(name, []).append(piece)
+        return target
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -159,8 +151,8 @@ def trace(
             f"the engine's model takes no {missing[0]} (and {len(missing) - 1} more) from the checkpoint"
         )
     for name, pieces in watch.found.items():
-        if pieces[0].live.element_size() != shapes[name].dtype.itemsize:
-            raise WeightsError(f"{name}: the checkpoint has {shapes[name].dtype}, the engine another dtype; set dtype")
+        if not all(piece.whole and piece.live.numel() == shapes[name].elements for piece in pieces):
+            raise WeightsError(f"{name} is sharded or laid out anew in this engine; it cannot be updated live yet")
     covered = {_storage(piece.live) for pieces in watch.found.values() for piece in pieces}
     if untouched := sorted(name for name, parameter in live.items() if _storage(parameter) not in covered):
         raise WeightsError(f"{untouched[0]} (and {len(untouched) - 1} more) is in no checkpoint tensor")

@@ -164,7 +164,14 @@ class PluginThread:
             s = self._settings
             hub.send(
                 PUBLISHER,
-                Staged(engine=s.engine, incarnation=s.incarnation, rank=self._rank, target=target, problem=problem),
+                Staged(
+                    engine=s.engine,
+                    incarnation=s.incarnation,
+                    rank=self._rank,
+                    target=target,
+                    attempt=part.attempt,
+                    problem=problem,
+                ),
             )
 
     def _report_live(self, hub: ThreadHub) -> None:

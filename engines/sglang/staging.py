@@ -71,8 +71,9 @@ class LiveWeights:
             raise WeightsError(f"part {part.part} of {part.parts} of version {part.target} is malformed")
         if part.run != self._run:
             raise WeightsError(f"this engine belongs to run {self._run!r}, the update to run {part.run!r}")
-        if self._staged is not None:
-            raise WeightsError(f"version {self._staged.target} is staged and not live yet; {part.target} must wait")
+        if self._staged is not None and part.attempt == self._staged.attempt:
+            return None  # sent again; it is staged already and the publisher was told
+        self._staged = None  # the publisher gave that one up, or it would have waited
         if zlib.crc32(part.payload.data) != part.checksum:
             raise WeightsError(f"part {part.part} of version {part.target} is corrupt")
         if not part.anchor and part.base != self.version:
@@ -80,7 +81,7 @@ class LiveWeights:
                 f"the update to {part.target} needs version {part.base}, this engine holds {self.version}"
             )
         known = next(iter(self._parts.values()), None)
-        if known is None or known.target != part.target or known.anchor != part.anchor or known.parts != part.parts:
+        if known is None or _same(known) != _same(part):
             self._parts.clear()
             self._started = time.perf_counter()
         self._parts[part.part] = part
@@ -105,7 +106,7 @@ class LiveWeights:
             )
         if self._written is not None or any(write.target.is_cuda for write in writes):
             torch.cuda.current_stream().synchronize()  # staged means on the device, whatever stream reads it next
-        return _Staged(parts[0].target, writes, sums, time.perf_counter() - self._started)
+        return _Staged(parts[0].target, parts[0].attempt, writes, sums, time.perf_counter() - self._started)
 
     def _wait_for_writes(self) -> None:
         if self._written is not None:
@@ -166,10 +167,17 @@ class LiveWeights:
         return self.fingerprint
 
 
+def _same(part: UpdatePart) -> tuple[object, ...]:
+    """What the parts of one update have in common."""
+    return part.attempt, part.target, part.anchor, part.parts
+
+
 class _Staged:
     """A whole update, ready to be written."""
 
-    __slots__ = ("seconds", "sums", "target", "writes")
+    __slots__ = ("attempt", "seconds", "sums", "target", "writes")
 
-    def __init__(self, target: Version, writes: list[Write], sums: dict[str, int], seconds: float) -> None:
-        self.target, self.writes, self.sums, self.seconds = target, writes, sums, seconds
+    def __init__(
+        self, target: Version, attempt: int, writes: list[Write], sums: dict[str, int], seconds: float
+    ) -> None:
+        self.target, self.attempt, self.writes, self.sums, self.seconds = target, attempt, writes, sums, seconds

@@ -55,11 +55,12 @@ def finish_of(request: Any) -> Finish:
 def _length(request: Any, finish: Finish) -> int:
     """How many of a request's tokens count: those up to its stop, and of an aborted one those with a log-prob (a
     request that the scheduler refuses is run for one token without)."""
-    if finish is Finish.ABORT:
-        return min(len(request.output_ids), len(request.logprob.output_token_logprobs_val or ()))
+    length = len(request.output_ids)
     if finish and request.finished_len is not None:
-        return int(request.finished_len)
-    return len(request.output_ids)
+        length = int(request.finished_len)
+    if finish is Finish.ABORT:
+        length = min(length, len(request.logprob.output_token_logprobs_val or ()))
+    return length
 
 
 class ChunkStream:

@@ -5,6 +5,7 @@ Versions of another history, or too far behind, get an anchor.
 """
 
 import dataclasses
+import math
 import time
 import zlib
 from collections import OrderedDict
@@ -71,14 +72,17 @@ def _bytes(tensor: torch.Tensor) -> ByteArray:
 
 def snapshot_tensors(snapshot: Snapshot) -> dict[str, tuple[torch.dtype, torch.Tensor]]:
     """Name to (dtype, flat bits) of a snapshot's tensors.  Raises WeightsError if the payload does not fit."""
+    if not len(snapshot.names) == len(snapshot.dtypes) == len(snapshot.shapes):
+        raise WeightsError("a snapshot part needs one dtype and one shape for each name")
     tensors, offset = {}, 0
     for name, dtype_name, shape in zip(snapshot.names, snapshot.dtypes, snapshot.shapes, strict=True):
         dtype = getattr(torch, dtype_name, None)
-        if not isinstance(dtype, torch.dtype):
-            raise WeightsError(f"{name}: {dtype_name!r} is no torch dtype")
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        raw = torch.from_numpy(snapshot.payload[offset : offset + size].copy())
-        tensors[name] = (dtype, raw.view(fingerprint.bits_of(torch.empty(0, dtype=dtype)).dtype))
+        if not isinstance(dtype, torch.dtype) or dtype.itemsize not in (1, 2, 4, 8):
+            raise WeightsError(f"{name}: {dtype_name!r} is no dtype of weights")
+        size = math.prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or offset + size > snapshot.payload.size:
+            raise WeightsError(f"{name}: shape {shape} of {dtype_name} does not fit {snapshot.payload.size} bytes")
+        tensors[name] = (dtype, fingerprint.bits_from_bytes(snapshot.payload[offset : offset + size].copy(), dtype))
         offset += size
     if offset != snapshot.payload.size:
         raise WeightsError(f"a snapshot part of {snapshot.payload.size} bytes holds tensors of {offset} bytes")
@@ -115,13 +119,23 @@ class Chain:
         else:
             if version <= self.version:
                 raise WeightsError(f"version {version} came after {self.version}; versions only grow")
-            if set(tensors) != set(self._bits):
-                raise WeightsError(f"version {version} has other tensors than {self.version}")
+            self._check(version, tensors)
             self._advance(self.version, version, tensors)
+            if version.history != self.version.history:
+                self._updates.clear()  # a line of training that ended leads nowhere: its engines get an anchor
         self.version, self._anchor = version, None
         self.hashes[version] = fingerprint.text(sum(self._sums.values()) % (1 << 64))
         if (update := next(reversed(self._updates.values()), None)) is not None and update.target == version:
             self._seal(update)
+
+    def _check(self, version: Version, tensors: Mapping[str, tuple[torch.dtype, torch.Tensor]]) -> None:
+        """All of it before any of it is taken: a refused version changes nothing."""
+        if set(tensors) != set(self._bits):
+            raise WeightsError(f"version {version} has other tensors than {self.version}")
+        for name, (dtype, bits) in tensors.items():
+            old_dtype, old = self._bits[name]
+            if dtype != old_dtype or bits.numel() != old.numel():
+                raise WeightsError(f"{name} is {bits.numel()} x {dtype}, was {old.numel()} x {old_dtype}")
 
     def _advance(
         self, base: Version, version: Version, tensors: Mapping[str, tuple[torch.dtype, torch.Tensor]]
@@ -129,9 +143,7 @@ class Chain:
         start = time.perf_counter()
         changes = []
         for name, (dtype, bits) in tensors.items():
-            old_dtype, old = self._bits[name]
-            if dtype != old_dtype or bits.numel() != old.numel():
-                raise WeightsError(f"{name} is {bits.numel()} x {dtype}, was {old.numel()} x {old_dtype}")
+            old = self._bits[name][1]
             if (change := codec.diff(name, dtype, old, bits)) is not None:
                 changes.append(change)
                 self._sums[name] = self._new_sum(change, old)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engines.weights.fingerprint import bits_of
+from engines.weights.fingerprint import bits_from_bytes
 from stream_rl.errors import WeightsError
 from stream_rl.types import ByteArray
 
@@ -58,10 +58,9 @@ def encode(update: TensorUpdate) -> tuple[str, list[ByteArray]]:
 
 def decode(name: str, dtype: torch.dtype, elements: int, code: str, buffers: Sequence[ByteArray]) -> TensorUpdate:
     """Inverse of `encode` for a tensor of `elements` elements.  Raises WeightsError for anything that does not fit."""
-    integers = bits_of(torch.empty(0, dtype=dtype)).dtype
-    width = integers.itemsize
+    width = dtype.itemsize
     if code == DENSE and len(buffers) == 1 and buffers[0].size == elements * width:
-        return TensorUpdate(name, dtype, None, torch.from_numpy(buffers[0]).view(integers))
+        return TensorUpdate(name, dtype, None, bits_from_bytes(buffers[0], dtype))
     if code == SPARSE and len(buffers) == 2 and buffers[0].size % 4 == 0:
         indices = torch.from_numpy(np.ascontiguousarray(buffers[0]).view(np.uint32).astype(np.int64))
         if buffers[1].size == indices.numel() * width and indices.numel():
@@ -69,6 +68,6 @@ def decode(name: str, dtype: torch.dtype, elements: int, code: str, buffers: Seq
                 raise WeightsError(
                     f"{name}: sparse positions must ascend below {elements}, got up to {int(indices[-1])}"
                 )
-            return TensorUpdate(name, dtype, indices, torch.from_numpy(np.ascontiguousarray(buffers[1])).view(integers))
+            return TensorUpdate(name, dtype, indices, bits_from_bytes(buffers[1], dtype))
     sizes = [buffer.size for buffer in buffers]
     raise WeightsError(f"{name}: buffers of {sizes} bytes are no {code!r} update of {elements} {dtype} elements")

@@ -5,6 +5,7 @@ then the next.  One update is under way to an engine at a time, so an engine's m
 slow engine delays nobody else.  Pure: messages in, (rank's identity, message) out.
 """
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from stream_rl.types import Version
 
 log = logging.getLogger(__name__)
 Outgoing = list[tuple[bytes, Any]]
+MAX_FAILURES = 3
 
 
 @dataclass(slots=True)
@@ -50,6 +52,10 @@ class _Engine:
     verify: bool = False
     """A full recomputation is due when no update is under way."""
     verifying: bool = False
+    attempt: int = 0
+    """Counts the updates sent; answers name the one they mean."""
+    failures: int = 0
+    """Updates in a row that did not become live as published."""
 
 
 class Delivery:
@@ -123,35 +129,43 @@ class Delivery:
 
     def _send(self, engine: _Engine, update: Update) -> Outgoing:
         engine.update, engine.sent_at = update, self._clock()
+        engine.attempt += 1
         engine.staged.clear()
         engine.live.clear()
-        return [(peer, part) for peer in engine.peers.values() for part in update.parts]
+        parts = [dataclasses.replace(part, attempt=engine.attempt) for part in update.parts]
+        return [(peer, part) for peer in engine.peers.values() for part in parts]
 
     def _staged(self, engine: _Engine, staged: Staged) -> Outgoing:
-        if engine.update is None or staged.target != engine.update.target:
+        if engine.update is None or staged.attempt != engine.attempt or staged.rank not in engine.peers:
             return []
         if staged.problem:
             log.warning("%s cannot take version %s: %s", engine.name, staged.target, staged.problem)
-            if engine.update.anchor:
-                raise WeightsError(f"{engine.name} cannot even take all of version {staged.target}: {staged.problem}")
-            return self._send(engine, self._chain.anchor())
+            return self._heal(engine, staged.problem)
         engine.staged.add(staged.rank)
         if len(engine.staged) < engine.ranks:
             return []
         return [(engine.peers[0], CommitOrder(target=staged.target))]
 
+    def _heal(self, engine: _Engine, problem: str) -> Outgoing:
+        """An anchor needs no base and writes every element.  Raises WeightsError if that keeps failing too."""
+        engine.failures += 1
+        if engine.failures > MAX_FAILURES:
+            raise WeightsError(
+                f"{engine.name} failed {engine.failures} times in a row to take an update; last: {problem}"
+            )
+        return self._send(engine, self._chain.anchor())
+
     def _live(self, engine: _Engine, live: Live) -> Outgoing:
         update = engine.update
-        if update is None or live.target != update.target:
+        if update is None or live.target != update.target or live.rank not in engine.peers:
             return []
         engine.live[live.rank] = live
         if len(engine.live) < engine.ranks:
             return []
         ranks = list(engine.live.values())
-        if problems := [rank.problem for rank in ranks if rank.problem]:
-            raise WeightsError(f"{engine.name} failed while it made version {live.target} live: {problems[0]}")
         total = _total([rank.weights_hash for rank in ranks])
-        matches = total == self._chain.hashes[update.target]
+        problems = [rank.problem for rank in ranks if rank.problem]
+        matches = total == self._chain.hashes[update.target] and not problems
         self.reports.append(
             VersionReport(
                 engine=engine.name,
@@ -171,9 +185,9 @@ class Delivery:
         )
         engine.update, engine.held = None, update.target
         if not matches:
-            log.error("%s holds %s at version %s, expected %s", engine.name, total, update.target,
-                      self._chain.hashes[update.target])  # fmt: skip
-            return self._send(engine, self._chain.anchor())
+            log.error("%s: version %s did not become live as published", engine.name, update.target)
+            return self._heal(engine, problems[0] if problems else f"it holds {total}")
+        engine.failures = 0
         engine.verify = engine.verify or (self._verify_every > 0 and update.target.step % self._verify_every == 0)
         if engine.verify:
             return self._verify(engine)
@@ -185,7 +199,7 @@ class Delivery:
         return [(peer, HashOrder(version=engine.held)) for peer in engine.peers.values()]
 
     def _hashed(self, engine: _Engine, report: HashReport) -> Outgoing:
-        if not engine.verifying:
+        if not engine.verifying or report.rank not in engine.peers:
             return []
         if report.version != engine.held:
             engine.verifying, engine.verify = False, True
@@ -200,9 +214,10 @@ class Delivery:
             EngineVerified(engine=engine.name, version=report.version, weights_hash=total, expected=expected)
         )
         if total != expected:
-            log.error("%s: live weights of version %s are %s, expected %s; sending an anchor", engine.name,
-                      report.version, total, expected)  # fmt: skip
-            return self._send(engine, self._chain.anchor())
+            log.error(
+                "%s: live weights of version %s are %s, expected %s", engine.name, report.version, total, expected
+            )
+            return self._heal(engine, f"its live weights are {total}")
         if self.final == engine.held:
             return []
         return self._next(engine)

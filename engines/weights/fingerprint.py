@@ -13,6 +13,8 @@ own mistakes, not against an adversary.
 import hashlib
 from collections.abc import Iterable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 BLOCK = 1 << 20
@@ -32,6 +34,12 @@ _MIX_1, _MIX_2 = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
 def bits_of(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory as integers of the same width."""
     return tensor.view(_INTEGERS[tensor.element_size()])
+
+
+def bits_from_bytes(raw: npt.NDArray[np.uint8], dtype: torch.dtype) -> torch.Tensor:
+    """Flat integers from the bytes of a tensor of `dtype`.  Raises ValueError if they are no whole number of them."""
+    integers = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}[dtype.itemsize]
+    return torch.from_numpy(np.ascontiguousarray(raw).view(integers))
 
 
 def seed_of(name: str) -> int:

@@ -1,0 +1,292 @@
+"""The load map: found by watching a model load, bit-exact where it can be, refused by name where it cannot."""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from weights_builders import (
+    FUSED,
+    SHAPES,
+    Model,
+    Tensors,
+    make_tensors,
+    map_of,
+    perturbed,
+    same_bits,
+    tensor_shapes,
+)
+
+from engines.sglang.load_map import LoadMap, TensorShape, trace
+from engines.weights import codec, fingerprint
+from stream_rl.errors import WeightsError
+
+LIGHT = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def traced(model: Model, shapes: Mapping[str, TensorShape] | None = None) -> LoadMap:
+    return trace(model.named_parameters(), model.load_weights, shapes or tensor_shapes())
+
+
+def refusal(model: Model, shapes: Mapping[str, TensorShape] | None = None) -> str:
+    """Why this model cannot be updated; its live parameters stay as they were."""
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(WeightsError) as caught:
+        traced(model, shapes)
+    assert same_bits({name: parameter.detach() for name, parameter in model.named_parameters()}, before)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tracing_finds_fused_and_tied_parameters_and_changes_no_bit(dtype: torch.dtype) -> None:
+    tensors = make_tensors(0, dtype)
+    model = Model(dtype)
+    model.load_weights(tensors.items())
+    load_map = map_of(model, dtype)
+    assert same_bits(model.live(), tensors)
+    assert set(load_map.pieces) == set(SHAPES)
+    for name, pieces in load_map.pieces.items():
+        [piece] = pieces
+        assert piece.whole
+        target, start = FUSED.get(name, (name, 0))
+        parameter = getattr(model, target)
+        assert piece.live.data_ptr() == parameter.data_ptr() + start * 4 * parameter.element_size()
+        assert piece.live.numel() == tensors[name].numel()
+
+
+@LIGHT
+@given(st.integers(0, 2**32 - 1), st.sampled_from(DTYPES), st.floats(0, 1))
+def test_writes_make_exactly_the_update_live(seed: int, dtype: torch.dtype, share: float) -> None:
+    old = make_tensors(seed, dtype)
+    new = perturbed(old, np.random.default_rng(seed), share)
+    model = Model(dtype)
+    model.load_weights(old.items())
+    load_map = map_of(model, dtype)
+    for name in SHAPES:
+        before, after = (fingerprint.bits_of(t[name]).reshape(-1) for t in (old, new))
+        update = codec.diff(name, dtype, before, after)
+        if update is None:
+            continue
+        writes = load_map.writes(update)
+        assert same_bits({name: model.live()[name]}, {name: old[name]}), "nothing is written before it is applied"
+        where = torch.arange(before.numel())
+        assert torch.equal(load_map.read(name, where), before)
+        for write in writes:
+            write.apply()
+        assert torch.equal(load_map.read(name, where), after)
+        assert load_map.live_sum(name) == fingerprint.tensor_sum(name, after)
+    assert same_bits(model.live(), new)
+
+
+def test_a_head_that_is_loaded_twice_into_its_own_memory_is_held_twice() -> None:
+    class Untied(Model):
+        """Its checkpoint has one embedding, which it copies to two parameters."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = torch.nn.Parameter(torch.zeros_like(self.embed), requires_grad=False)
+
+        def load_one(self, name: str, tensor: torch.Tensor) -> None:
+            super().load_one(name, tensor)
+            if name == "embed":
+                self.head.data.copy_(tensor)
+
+    model, tensors = Untied(), make_tensors(0)
+    model.load_weights(tensors.items())
+    load_map = traced(model)
+    assert len(load_map.pieces["embed"]) == 2
+    new = make_tensors(1)["embed"]
+    update = codec.diff("embed", new.dtype, *(fingerprint.bits_of(t).reshape(-1) for t in (tensors["embed"], new)))
+    assert update is not None
+    for write in load_map.writes(update):
+        write.apply()
+    assert same_bits({"a": model.embed.data, "b": model.head.data}, {"a": new, "b": new})
+    assert load_map.live_sum("embed") == fingerprint.tensor_sum("embed", fingerprint.bits_of(new).reshape(-1))
+    fingerprint.bits_of(model.head.data).view(-1)[3] ^= 1
+    with pytest.raises(WeightsError, match="embed"):
+        load_map.live_sum("embed")
+
+
+def test_a_fused_piece_does_not_reach_into_its_neighbours() -> None:
+    model = Model()
+    model.load_weights(make_tensors(0).items())
+    before = model.live()
+    new = make_tensors(1)["k"]
+    update = codec.TensorUpdate("k", new.dtype, None, fingerprint.bits_of(new).reshape(-1))
+    for write in traced(model).writes(update):
+        write.apply()
+    assert same_bits(model.live(), before | {"k": new})
+
+
+class Doubling(Model):
+    def load_one(self, name: str, tensor: torch.Tensor) -> None:
+        super().load_one(name, tensor * 2 if name == "norm" else tensor)
+
+
+class Casting(Model):
+    def load_one(self, name: str, tensor: torch.Tensor) -> None:
+        super().load_one(name, tensor.float() if name == "norm" else tensor)
+
+
+class Transposing(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = torch.nn.Parameter(torch.zeros(SHAPES["down"][::-1], dtype=torch.bfloat16), requires_grad=False)
+
+    def load_one(self, name: str, tensor: torch.Tensor) -> None:
+        super().load_one(name, tensor.t() if name == "down" else tensor)
+
+
+class Broadcasting(Model):
+    def load_one(self, name: str, tensor: torch.Tensor) -> None:
+        super().load_one(name, tensor)
+        if name == "scale":
+            self.norm.data.copy_(tensor)
+
+
+class Halving(Model):
+    """Takes only the first rows of its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Parameter(torch.zeros(3, 4, dtype=torch.bfloat16), requires_grad=False)
+        self.head = self.embed
+
+    def load_one(self, name: str, tensor: torch.Tensor) -> None:
+        super().load_one(name, tensor[:3] if name == "embed" else tensor)
+
+
+class Reversing(Model):
+    def load_one(self, name: str, tensor: torch.Tensor) -> None:
+        super().load_one(name, tensor.flip(0) if name == "norm" else tensor)
+
+
+class Afterwards(Model):
+    """Changes in place what it has just copied."""
+
+    def load_one(self, name: str, tensor: torch.Tensor) -> None:
+        super().load_one(name, tensor)
+        if name == "norm":
+            self.norm.data.add_(1)
+
+
+class Interleaving(Model):
+    """Keeps q, k, v side by side instead of one below the other, as a transposed fused parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Parameter(torch.zeros(4, 8, dtype=torch.bfloat16), requires_grad=False)
+
+    def load_one(self, name: str, tensor: torch.Tensor) -> None:
+        if name in ("q", "k", "v"):
+            self.qkv.data.narrow(1, FUSED[name][1], tensor.shape[0]).copy_(tensor.t())
+        else:
+            super().load_one(name, tensor)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (Doubling, "norm"),
+        (Casting, "norm"),
+        (Reversing, "norm"),
+        (Broadcasting, "norm"),
+        (Transposing, "down"),
+        (Interleaving, "q"),
+        (Halving, "embed"),
+        (Afterwards, "norm"),
+    ],
+)
+def test_a_model_that_does_not_keep_a_tensor_as_it_is_is_refused_by_name(model: type[Model], name: str) -> None:
+    made = model()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.fill_(1.5)
+    assert name in refusal(made)
+
+
+@pytest.mark.parametrize("dropped", sorted(SHAPES))
+def test_a_tensor_that_the_model_drops_is_refused_by_name(dropped: str) -> None:
+    class Dropping(Model):
+        def load_one(self, name: str, tensor: torch.Tensor) -> None:
+            if name != dropped:
+                super().load_one(name, tensor)
+
+    assert f"no {dropped} " in refusal(Dropping())
+
+
+def test_a_tensor_that_the_model_never_heard_of_is_refused_by_name() -> None:
+    class Tolerant(Model):
+        def load_one(self, name: str, tensor: torch.Tensor) -> None:
+            if name in SHAPES:
+                super().load_one(name, tensor)
+
+    text = refusal(Tolerant(), tensor_shapes() | {"rotary.inv_freq": TensorShape((4,), torch.bfloat16)})
+    assert "rotary.inv_freq" in text
+
+
+def test_a_parameter_that_is_in_no_checkpoint_tensor_is_refused_by_name() -> None:
+    model = Model()
+    model.register_parameter("bias", torch.nn.Parameter(torch.ones(3), requires_grad=False))
+    assert "bias" in refusal(model)
+
+
+@pytest.mark.parametrize("checkpoint", DTYPES, ids=str)
+@pytest.mark.parametrize("engine", DTYPES, ids=str)
+def test_a_model_of_another_dtype_than_its_checkpoint_is_refused(checkpoint: torch.dtype, engine: torch.dtype) -> None:
+    model = Model(engine)
+    if checkpoint == engine:
+        traced(model, tensor_shapes(checkpoint))
+    else:
+        assert "dtype" in refusal(model, tensor_shapes(checkpoint))
+
+
+def test_one_parameter_of_another_dtype_among_many_copies_is_refused() -> None:
+    class WideHead(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = torch.nn.Parameter(torch.zeros(SHAPES["embed"]), requires_grad=False)
+
+        def load_one(self, name: str, tensor: torch.Tensor) -> None:
+            super().load_one(name, tensor)
+            if name == "embed":
+                self.head.data.copy_(tensor)
+
+    assert "embed" in refusal(WideHead())
+
+
+def test_a_model_that_pads_its_vocabulary_is_updated_and_its_padding_left_alone() -> None:
+    class Padded(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = torch.nn.Parameter(torch.full((8, 4), 7.0, dtype=torch.bfloat16), requires_grad=False)
+            self.head = self.embed
+
+        def load_one(self, name: str, tensor: torch.Tensor) -> None:
+            if name == "embed":
+                self.embed.data[: tensor.shape[0]].copy_(tensor)
+            else:
+                super().load_one(name, tensor)
+
+    model, new = Padded(), make_tensors(1)["embed"]
+    update = codec.TensorUpdate("embed", new.dtype, None, fingerprint.bits_of(new).reshape(-1))
+    for write in traced(model).writes(update):
+        write.apply()
+    assert same_bits({"": model.embed.data[:6]}, {"": new})
+    assert bool((model.embed.data[6:] == 7.0).all())
+
+
+def test_a_model_may_take_its_tensors_in_any_order_and_as_a_generator() -> None:
+    class Backwards(Model):
+        def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+            super().load_weights((name, tensor) for name, tensor in reversed(list(weights)))
+
+    tensors: Tensors = make_tensors(0)
+    model = Backwards()
+    model.load_weights(tensors.items())
+    load_map = traced(model)
+    total = sum(load_map.live_sum(name) for name in SHAPES) % (1 << 64)
+    assert total == fingerprint.model_sum(tensors.items())
