@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import pathlib
-import sys
 import time
 
 import numpy as np
@@ -23,7 +22,7 @@ from engines.megatron.learner import MegatronLearner
 from engines.weights import fingerprint
 from engines.weights.chain import snapshot_parts
 from stream_rl import config, runtime
-from stream_rl.errors import StreamRLError, WireError
+from stream_rl.errors import WireError
 from stream_rl.messages import (
     Applied,
     Committed,
@@ -177,15 +176,4 @@ async def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe")
-    parser.add_argument("--run-id", required=True)
-    parser.add_argument("--incarnation", type=int, required=True)
-    parser.add_argument("--queue", required=True)
-    parser.add_argument("--publisher", required=True)
-    parser.add_argument("--ready-fd", type=int)
-    runtime.log_to_stderr("learner")
-    try:
-        runtime.run(main(parser.parse_args()))
-    except StreamRLError as error:
-        sys.exit(f"learner: {error}")
+    runtime.execute("learner", main, runtime.arguments(__doc__, "queue", "publisher").parse_args())

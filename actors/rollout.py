@@ -14,7 +14,6 @@ import contextlib
 import itertools
 import logging
 import os
-import sys
 from collections import Counter
 from collections.abc import Sequence
 
@@ -267,15 +266,6 @@ async def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe")
-    parser.add_argument("--run-id", required=True)
-    parser.add_argument("--incarnation", type=int, required=True)
-    parser.add_argument("--queue", required=True)
+    parser = runtime.arguments(__doc__, "queue")
     parser.add_argument("--engine", action="append", required=True, metavar="NAME=ADDRESS")
-    parser.add_argument("--ready-fd", type=int)
-    runtime.log_to_stderr("actor")
-    try:
-        runtime.run(main(parser.parse_args()))
-    except StreamRLError as error:
-        sys.exit(f"actor: {error}")
+    runtime.execute("actor", main, parser.parse_args())

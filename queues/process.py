@@ -67,25 +67,16 @@ class QueueProcess:
         self._connections[name] = connection
 
 
-async def main(recipe: config.Recipe, run_id: str, ready_fd: int | None) -> None:
+async def main(options: argparse.Namespace) -> None:
     """Serve until SIGTERM.  Raises ConfigError for a recipe under which a step could wait for ever."""
+    recipe = config.load(options.recipe)
     check(recipe.queue, recipe.rollout)
-    core = QueueCore(Settings(run=run_id, queue=recipe.queue, max_new_tokens=recipe.rollout.max_new_tokens))
+    core = QueueCore(Settings(run=options.run_id, queue=recipe.queue, max_new_tokens=recipe.rollout.max_new_tokens))
     async with Router.bind("tcp://127.0.0.1:0") as router:
         process = QueueProcess(core, router)
-        runtime.report_ready(ready_fd, address=router.address)
+        runtime.report_ready(options.ready_fd, address=router.address)
         await runtime.supervise(serve=process.serve(), tick=process.tick())
 
 
-def run() -> None:
-    parser = argparse.ArgumentParser(prog="queues.process", description="The trajectory queue of one run.")
-    parser.add_argument("recipe", help="the resolved recipe, as `stream-rl train` writes it")
-    parser.add_argument("--run-id", required=True)
-    parser.add_argument("--ready-fd", type=int, default=None, help="an inherited pipe on which to say that it is up")
-    arguments = parser.parse_args()
-    runtime.log_to_stderr("queue")
-    runtime.run(main(config.load(arguments.recipe), arguments.run_id, arguments.ready_fd))
-
-
 if __name__ == "__main__":
-    run()
+    runtime.execute("queue", main, runtime.arguments(__doc__).parse_args())

@@ -105,7 +105,7 @@ class _Run:
         """Start every process in order; the queue's address."""
         recipe, again = self._recipe, ("--incarnation", str(INCARNATION))
         self._dashboard.phase("starting the queue and the publisher")
-        queue = (await self._start(group, "queue", "queues.process"))["address"]
+        queue = (await self._start(group, "queue", "queues.process", *again))["address"]
         publisher = (await self._start(group, "publisher", "engines.weights.publisher", "--queue", queue, *again))[
             "address"
         ]

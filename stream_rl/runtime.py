@@ -4,6 +4,7 @@ A process of a run is started by the supervisor (`scripts.train`), tells it thro
 runs its named loops until the first of them fails or SIGTERM comes, and dies with its parent.
 """
 
+import argparse
 import asyncio
 import contextlib
 import ctypes
@@ -12,12 +13,15 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import uvloop
 
+from stream_rl.errors import StreamRLError
+
 log = logging.getLogger(__name__)
+Main = Callable[[argparse.Namespace], Coroutine[Any, Any, None]]
 PARENT = "STREAM_RL_PARENT"
 """Environment variable with the starting process's pid; taken out at once, so that grandchildren do not inherit it."""
 _PR_SET_PDEATHSIG = 1
@@ -32,6 +36,29 @@ def run(main: Coroutine[Any, Any, None]) -> None:
     die_with_parent()
     with contextlib.suppress(Stopped):
         uvloop.run(main)
+
+
+def arguments(description: str | None, *links: str) -> argparse.ArgumentParser:
+    """The command line that every process of a run takes; `links` are addresses of the processes it talks to."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="the resolved recipe, as `stream-rl train` writes it")
+    parser.add_argument("--run-id", required=True)
+    parser.add_argument("--incarnation", type=int, default=1, help="grows with every start of this process")
+    parser.add_argument("--ready-fd", type=int, help="an inherited pipe on which to say that it is up")
+    for link in links:
+        parser.add_argument(f"--{link}", required=True, metavar="ADDRESS")
+    return parser
+
+
+def execute(
+    name: str, main: Callable[[argparse.Namespace], Coroutine[Any, Any, None]], options: argparse.Namespace
+) -> None:
+    """Run a process's `main`; what is wrong in our own words ends it with status 1 and one line."""
+    log_to_stderr(name)
+    try:
+        run(main(options))
+    except StreamRLError as error:
+        sys.exit(f"{name}: {error}")
 
 
 def die_with_parent() -> None:

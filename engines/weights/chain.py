@@ -4,7 +4,6 @@ An update goes from one version that an engine holds to the next one, or from no
 Versions of another history, or too far behind, get an anchor.
 """
 
-import dataclasses
 import math
 import time
 import zlib
@@ -113,20 +112,28 @@ class Chain:
 
     def advance(self, version: Version, tensors: Mapping[str, tuple[torch.dtype, torch.Tensor]]) -> None:
         """`version` is the newest from here on.  Raises WeightsError if it is not newer or has other tensors."""
-        if self.version is None:
+        base = self.version
+        if base is None:
             self._bits = dict(tensors)
             self._sums = {name: fingerprint.tensor_sum(name, bits) for name, (_, bits) in tensors.items()}
         else:
-            if version <= self.version:
-                raise WeightsError(f"version {version} came after {self.version}; versions only grow")
+            if version <= base:
+                raise WeightsError(f"version {version} came after {base}; versions only grow")
             self._check(version, tensors)
-            self._advance(self.version, version, tensors)
-            if version.history != self.version.history:
-                self._updates.clear()  # a line of training that ended leads nowhere: its engines get an anchor
+        start = time.perf_counter()
+        changes = self._take(tensors) if base is not None else []
         self.version, self._anchor = version, None
         self.hashes[version] = fingerprint.text(sum(self._sums.values()) % (1 << 64))
-        if (update := next(reversed(self._updates.values()), None)) is not None and update.target == version:
-            self._seal(update)
+        if base is None:
+            return
+        if version.history != base.history:
+            self._updates.clear()  # a line of training that ended leads nowhere: its engines get an anchor
+            return
+        parts = self._encode(base, version, False, changes)
+        changed = sum(change.changed for change in changes)
+        self._updates[base] = Update(base, version, False, parts, changed, time.perf_counter() - start)
+        while len(self._updates) > self._keep:
+            self._updates.popitem(last=False)
 
     def _check(self, version: Version, tensors: Mapping[str, tuple[torch.dtype, torch.Tensor]]) -> None:
         """All of it before any of it is taken: a refused version changes nothing."""
@@ -137,10 +144,8 @@ class Chain:
             if dtype != old_dtype or bits.numel() != old.numel():
                 raise WeightsError(f"{name} is {bits.numel()} x {dtype}, was {old.numel()} x {old_dtype}")
 
-    def _advance(
-        self, base: Version, version: Version, tensors: Mapping[str, tuple[torch.dtype, torch.Tensor]]
-    ) -> None:
-        start = time.perf_counter()
+    def _take(self, tensors: Mapping[str, tuple[torch.dtype, torch.Tensor]]) -> list[TensorUpdate]:
+        """Make these the newest bits, and say what they changed."""
         changes = []
         for name, (dtype, bits) in tensors.items():
             old = self._bits[name][1]
@@ -148,11 +153,7 @@ class Chain:
                 changes.append(change)
                 self._sums[name] = self._new_sum(change, old)
                 self._bits[name] = (dtype, bits)
-        parts = self._encode(base, version, False, changes)
-        changed = sum(change.changed for change in changes)
-        self._updates[base] = Update(base, version, False, parts, changed, time.perf_counter() - start)
-        while len(self._updates) > self._keep:
-            self._updates.popitem(last=False)
+        return changes
 
     def _new_sum(self, change: TensorUpdate, old: torch.Tensor) -> int:
         if change.indices is None:
@@ -161,10 +162,6 @@ class Chain:
         gone = fingerprint.element_sum(seed, change.indices, old[change.indices])
         come = fingerprint.element_sum(seed, change.indices, change.bits)
         return (self._sums[change.name] - gone + come) % (1 << 64)
-
-    def _seal(self, update: Update) -> None:
-        for i, part in enumerate(update.parts):
-            update.parts[i] = _with_hash(part, self.hashes[update.target])
 
     def update_from(self, held: Version) -> Update | None:
         """What brings an engine that holds `held` one version on (or all the way, by an anchor); None at the newest."""
@@ -180,7 +177,6 @@ class Chain:
             start = time.perf_counter()
             everything = [TensorUpdate(name, dtype, None, bits) for name, (dtype, bits) in self._bits.items()]
             parts = self._encode(self.version, self.version, True, everything)
-            parts = [_with_hash(part, self.hashes[self.version]) for part in parts]
             seconds = time.perf_counter() - start
             self._anchor = Update(self.version, self.version, True, parts, self.elements, seconds)
         return self._anchor
@@ -220,10 +216,6 @@ class Chain:
             sizes=[[buffer.size for buffer in several] for _, _, several in group],
             dtypes=[str(change.dtype).removeprefix("torch.") for change, _, _ in group],
             checksum=zlib.crc32(payload.data),
-            target_hash="",
+            target_hash=self.hashes[target],
             payload=payload,
         )
-
-
-def _with_hash(part: UpdatePart, target_hash: str) -> UpdatePart:
-    return dataclasses.replace(part, target_hash=target_hash)

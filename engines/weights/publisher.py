@@ -1,12 +1,13 @@
 """The publisher process: takes snapshots from the learner, keeps one host copy, brings every engine up to date.
 
-python -m engines.weights.publisher RECIPE --run-id R --queue ADDRESS --ready-fd N
+    python -m engines.weights.publisher RECIPE --run-id R --queue ADDRESS --ready-fd N
+
+The decisions are `Chain`'s (what an update is) and `Delivery`'s (who gets which when); this is the shell around them.
 """
 
 import argparse
 import asyncio
 import os
-import sys
 import time
 from typing import Any
 
@@ -92,25 +93,25 @@ class Publisher:
                 self._delivery.unreachable(peer)
 
 
-async def main(arguments: argparse.Namespace) -> None:
+async def main(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    recipe = config.load(arguments.recipe)
+    recipe = config.load(options.recipe)
     async with (
         Router.bind("tcp://127.0.0.1:0") as router,
-        Dealer.connect(arguments.queue, f"{NAME}@{arguments.incarnation}") as queue,
+        Dealer.connect(options.queue, f"{NAME}@{options.incarnation}") as queue,
     ):
         await queue.send(
             Hello(
-                run=arguments.run_id,
+                run=options.run_id,
                 role="publisher",
                 name=NAME,
-                incarnation=arguments.incarnation,
+                incarnation=options.incarnation,
                 pid=os.getpid(),
                 address=router.address,
             )
         )
-        publisher = Publisher(recipe, arguments.run_id, router, queue)
-        runtime.report_ready(arguments.ready_fd, address=router.address)
+        publisher = Publisher(recipe, options.run_id, router, queue)
+        runtime.report_ready(options.ready_fd, address=router.address)
 
         async def listen() -> None:
             """Consumes: what the queue says.  It only ever refuses, and that ends this process by name."""
@@ -123,14 +124,4 @@ async def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe")
-    parser.add_argument("--run-id", required=True)
-    parser.add_argument("--incarnation", type=int, required=True)
-    parser.add_argument("--queue", required=True)
-    parser.add_argument("--ready-fd", type=int)
-    runtime.log_to_stderr("publisher")
-    try:
-        runtime.run(main(parser.parse_args()))
-    except StreamRLError as error:
-        sys.exit(f"publisher: {error}")
+    runtime.execute("publisher", main, runtime.arguments(__doc__, "queue").parse_args())
