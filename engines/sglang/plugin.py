@@ -62,6 +62,7 @@ class Plugin:
     """The scheduler thread's side.  Made after the scheduler; hooks reach it through `_plugin`."""
 
     def __init__(self, settings: PluginSettings, scheduler: Any) -> None:
+        # imported here: SGLang calls `register` in each of its processes, and only the scheduler's needs these
         from engines.sglang.counters import Counters
         from engines.sglang.plugin_thread import PluginThread
         from engines.sglang.staging import LiveWeights
