@@ -1,11 +1,10 @@
 """A supervised warm start: the learner's own steps, on the task's demonstrations.
 
-    python -m actors.warm_start RECIPE --output DIRECTORY
+    python -m actors.warm_start RECIPE --run-id R --output DIRECTORY
 
 Prints one JSON line a report: {"step", "steps", "loss", "tokens_per_second"}.
 """
 
-import argparse
 import itertools
 import json
 import pathlib
@@ -84,10 +83,8 @@ def run(recipe: config.Recipe, output: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe")
+    parser = runtime.arguments(__doc__)
     parser.add_argument("--output", type=pathlib.Path, required=True)
-    parser.add_argument("--ready-fd", type=int, help="unused; every process of a run takes it")
     options = parser.parse_args()
     runtime.die_with_parent()
     try:

@@ -23,7 +23,7 @@ class Dashboard:
         self._bar = Progress(
             TextColumn(f"[bold]{name}[/bold] {{task.description}}"),
             BarColumn(),
-            TextColumn("{task.completed}/{task.total} steps"),
+            TextColumn("{task.completed:.0f}/{task.total} steps"),
             TimeElapsedColumn(),
         )
         self._task = self._bar.add_task("starting", total=steps)

@@ -232,10 +232,11 @@ class _Run:
         recipe = self._recipe
         output = warm_start_directory(recipe)
         if not output.is_dir():
-            self._dashboard.phase(f"warm start: {recipe.warm_start.steps} supervised steps")
-            threads = max(recipe.learner.threads, os.cpu_count() or 1)
-            await self._run_to_end("warm-start", "actors.warm_start", "--output", str(output), threads=threads)
-        self._dashboard.phase(f"warm start: {output}")
+            log = self._directory / "logs" / "warm-start.log"
+            self._dashboard.phase(f"warm start: {recipe.warm_start.steps} supervised steps; {log} shows how it goes")
+            words = ("--run-id", self._run_id, "--output", str(output))
+            await self._run_to_end("warm-start", "actors.warm_start", *words, threads=recipe.learner.threads)
+        self._dashboard.phase(f"starting from {output}")
         return dataclasses.replace(recipe, model=config.Model(path=str(output)))
 
     async def _stop(self) -> None:

@@ -54,15 +54,9 @@ def arguments(options: Mapping[str, Any], model_path: str, port: int) -> list[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe")
-    parser.add_argument("--run-id", required=True)
+    parser = runtime.arguments(__doc__, "queue", "publisher")
     parser.add_argument("--name", required=True)
-    parser.add_argument("--incarnation", type=int, required=True)
-    parser.add_argument("--queue", required=True)
-    parser.add_argument("--publisher", required=True)
     parser.add_argument("--port", type=int, default=0)
-    parser.add_argument("--ready-fd", type=int)
     parser.add_argument("--check", action="store_true", help="only see whether SGLang has the options of [sglang]")
     options = parser.parse_args()
     runtime.die_with_parent()
