@@ -57,6 +57,7 @@ class EngineHarness:
         self.reports: list[VersionReport] = []
         self.verified: list[EngineVerified] = []
         self.stats: EngineStats | None = None
+        self.stats_seen = 0
         self.problems: Counter[str] = Counter()
         self.answer_acks = True
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -176,6 +177,7 @@ class EngineHarness:
                     await self._router.send(peer, ChunksAck(next_sequence=next_sequence))
                 case EngineStats():
                     self.stats = message
+                    self.stats_seen += 1
                 case VersionReport():
                     self.reports.append(message)
                 case EngineVerified():
@@ -248,6 +250,13 @@ class EngineHarness:
         while not condition():
             assert time.monotonic() < end, f"waited {timeout} s for {what}"
             time.sleep(0.002)
+
+    def fresh_stats(self) -> EngineStats:
+        """Counters that were read after this call; they come twice a second."""
+        seen = self.stats_seen
+        self.wait(lambda: self.stats_seen >= seen + 2, "the engine's counters")
+        assert self.stats is not None
+        return self.stats
 
     def logs(self) -> str:
         return "\n".join(f"--- {p.name}\n{p.read_text()[-3000:]}" for p in self.directory.glob("*.log"))

@@ -90,7 +90,7 @@ def test_every_token_states_the_version_that_sampled_it(harness: EngineHarness, 
 
 def test_versions_hold_when_requests_are_retracted(harness: EngineHarness, publishing: Publishing) -> None:
     names = rids(24)
-    retracted_before = harness.stats.counters["retractions"] if harness.stats else 0
+    retracted_before = harness.fresh_stats().counters["retractions"]
     answers = harness.start_many([
         harness.generate(name, [i + 1] * 60, 400, temperature=0) for i, name in enumerate(names)
     ])  # fmt: skip
@@ -101,9 +101,7 @@ def test_versions_hold_when_requests_are_retracted(harness: EngineHarness, publi
         assert len(stream.token_ids) == 400
         assert stream.token_ids == answer["output_ids"]
         assert mismatches(stream) == []
-    harness.wait(
-        lambda: harness.stats is not None and harness.stats.counters["retractions"] > retracted_before, "retractions"
-    )
+    assert harness.fresh_stats().counters["retractions"] > retracted_before
     assert harness.problems["out of order"] == 0
 
 
@@ -158,7 +156,7 @@ def test_chunks_that_are_not_acknowledged_come_again(harness: EngineHarness, pub
 def test_aborted_requests_say_so_and_are_counted_also_those_that_wait(
     harness: EngineHarness, publishing: Publishing
 ) -> None:
-    before = harness.stats.counters["aborts"] if harness.stats else 0
+    before = harness.fresh_stats().counters["aborts"]
     names = rids(40)  # more than max_running_requests: some wait
     answers = harness.start_many([harness.generate(name, [5] * 30, 2000) for name in names])
     harness.wait(lambda: len(harness.streams[names[0]].token_ids) > 5, "the first tokens")
@@ -166,10 +164,7 @@ def test_aborted_requests_say_so_and_are_counted_also_those_that_wait(
         harness.call(harness.post("/abort_request", rid=name))
     answers.result(60)
     assert {stream.finish for stream in finished(harness, names)} == {"abort"}
-    harness.wait(
-        lambda: harness.stats is not None and harness.stats.counters["aborts"] >= before + len(names), "aborts counted"
-    )
-    assert harness.stats is not None and harness.stats.counters["aborts"] == before + len(names)
+    assert harness.fresh_stats().counters["aborts"] == before + len(names)
 
 
 def test_a_request_that_the_scheduler_refuses_harms_no_other(harness: EngineHarness, publishing: Publishing) -> None:
@@ -186,12 +181,13 @@ def test_a_request_that_the_scheduler_refuses_harms_no_other(harness: EngineHarn
 
 
 def test_pauses_are_counted_inside_the_server(harness: EngineHarness, publishing: Publishing) -> None:
-    before = harness.stats.counters["pauses"] if harness.stats else 0
+    before = harness.fresh_stats().counters["pauses"]
     harness.call(harness.post("/pause_generation", mode="in_place"))
     version = publishing.publish()  # a paused engine still takes weights
     harness.call(harness.post("/continue_generation", torch_empty_cache=False))
-    harness.wait(lambda: harness.stats is not None and harness.stats.counters["pauses"] == before + 1, "the pause")
-    assert harness.stats is not None and harness.stats.version == version
+    stats = harness.fresh_stats()
+    assert stats.counters["pauses"] == before + 1
+    assert stats.version == version
 
 
 def test_requests_of_nobody_are_not_streamed(harness: EngineHarness, publishing: Publishing) -> None:
@@ -230,7 +226,6 @@ def test_the_full_hash_of_the_live_weights_is_the_publishers(harness: EngineHarn
 
 def test_nothing_went_wrong_inside_the_engine(harness: EngineHarness, publishing: Publishing) -> None:
     """Last of the module: what all tests before have left behind."""
-    assert harness.stats is not None
-    assert harness.stats.counters["faults"] == 0
+    assert harness.fresh_stats().counters["faults"] == 0
     assert harness.problems["out of order"] == 0
     assert not any(report.anchor for report in harness.reports)

@@ -57,7 +57,7 @@ def make_batch(seed: int, lengths: list[int] = LENGTHS) -> TrainingBatch:
         lengths=np.array(lengths, dtype=np.int32),
         behavior_logprobs=np.where(trained, -random.exponential(4.0, tokens), 0.0).astype(np.float32),
         advantages=random.normal(size=tokens).astype(np.float32),
-        loss_weights=(trained / trained.sum()).astype(np.float32),
+        loss_weights=(trained / max(trained.sum(), 1)).astype(np.float32),
         temperature=TEMPERATURE,
     )
 
