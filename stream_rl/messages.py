@@ -1,11 +1,13 @@
 """Everything that crosses a process boundary, one declared type each.
 
-Four conversations, all DEALER to ROUTER:
+Who says what to whom, all DEALER to ROUTER:
 
     engine    -> queue      Hello, Chunks, EngineStats            <- Welcome, ChunksAck, Refused
     actor     -> queue      Hello, OpenGroup, CloseTrajectory ... <- Welcome, Admit, Cancel, Drain
     learner   -> queue      Hello, LeaseRequest, Applied ...      <- Welcome, Lease, Done
-    learner   -> publisher  Snapshot                              <- SnapshotTaken
+    publisher -> queue      Hello, VersionReport, EngineVerified  <- Welcome
+    observer  -> queue      Hello, StatusRequest, Shutdown        <- Welcome, Status, StepRecord
+    learner   -> publisher  Snapshot, LearnerDone                 <- SnapshotTaken
     engine    -> publisher  EngineHello, Staged, Live, HashReport <- UpdatePart, CommitOrder, HashOrder
 """
 
@@ -95,7 +97,7 @@ class ChunksAck:
 
 @message
 class EngineStats:
-    """What the hooks inside an engine have counted since its start, about once a second."""
+    """What the hooks inside an engine have counted since its start, about twice a second."""
 
     engine: str
     incarnation: int

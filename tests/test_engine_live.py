@@ -112,7 +112,7 @@ def test_an_idle_engine_commits_within_100_ms(harness: EngineHarness, publishing
         version = publishing.publish()
         seconds.append(next(r.commit_seconds for r in harness.reports if r.version == version))
         time.sleep(0.3)
-    assert min(seconds) < 0.1, seconds
+    assert min(seconds) < 0.1, seconds  # the best of three: the bound is the engine's, not a busy machine's
 
 
 def test_no_prefix_computed_under_older_weights_is_reused(harness: EngineHarness, publishing: Publishing) -> None:
