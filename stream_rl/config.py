@@ -65,14 +65,37 @@ class Queue:
     """A step trains on at least this many trainable tokens."""
     max_tokens: int
     """A lease holds at most this many tokens of any kind; a larger group is leased alone."""
+    mode: Literal["streaming", "rounds"] = "streaming"
+    """streaming: nothing is cut because a batch filled.  rounds (APRIL): over-provision, stop when a step's tokens are
+    there, resume what was cut first in the next round."""
+    in_flight: Literal["steered", "fixed"] = "steered"
+    """streaming: how many groups are under way.  steered: up to the engines' measured saturation knee, and fewer when
+    trained tokens get older than `target_token_age`; fixed: `over_provision`."""
     over_provision: float = 2.0
-    """Groups admitted and not yet trained, as a multiple of what one step is expected to take."""
+    """fixed and rounds: groups admitted and not yet trained, as a multiple of what one step is expected to take; where
+    a steered run starts."""
+    target_token_age: float = 2.0
+    """steered: versions; the mean age of trained tokens that admission stays below."""
     first_groups: int = 8
     """Groups that a step is expected to take before any has finished."""
     max_token_age: int = 8
     """Versions; older tokens are masked out of the loss.  -1: no bound."""
+    max_token_age_of: dict[str, int] = field(default_factory=dict)
+    """The same for single tasks, by the name in `task.use`."""
+    group_deadline_s: float = 0.0
+    """A group that has been growing for this long goes on without its unfinished members.  0: none."""
+    filter: Literal["none", "equal_rewards"] = "none"
+    """Groups that are dropped when they are complete.  equal_rewards: those that have nothing to compare."""
     lease_timeout_s: float = 600.0
     """Longest that the learner waits for a lease."""
+    commit_seconds: float = 0.02
+    """Longest that an accepted message waits for others before it is written to the journal and acknowledged."""
+    fsync: bool = True
+    """Acknowledged messages survive power loss, not only the end of a process."""
+    snapshot_bytes: int = 256 << 20
+    """Journal between two snapshots of the queue's state; what older snapshots need is then reclaimed."""
+    keep_journal: bool = False
+    """Reclaim nothing, so that the whole run can be replayed (`stream-rl simulate --replay`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,8 +118,9 @@ class Learner:
     """Packed tokens of one forward-backward; one longer sequence goes alone."""
     threads: int = 1
     """CPU threads of the learner process."""
-    checkpoint_every: int = 0
-    """Steps between checkpoints (Hugging Face directories); 0: only at the end."""
+    checkpoint_every: int = 20
+    """Steps between checkpoints: a learner that is lost goes on from the last one.  The last two are kept.  0: only at
+    the end, so that a lost learner begins again."""
     model: dict[str, Any] = field(default_factory=dict)
     """megatron-core TransformerConfig, under its own names."""
     optimizer: dict[str, Any] = field(default_factory=dict)
@@ -147,7 +171,14 @@ class Supervise:
     stall_timeout_s: float = 600.0
     """A run in which nothing moves for this long ends, saying what was awaited."""
     peer_timeout_s: float = 60.0
-    """Longest wait for an answer that needs no work: registrations, acknowledgements."""
+    """Longest wait for an answer that needs no work: registrations, acknowledgements.  Covers a restart of the peer."""
+    retry_s: float = 2.0
+    """A request without an answer is sent again after this long: its receiver may have been restarted."""
+    silence_timeout_s: float = 30.0
+    """A process without a sign of life for this long is declared lost and started again."""
+    max_restarts: int = 3
+    """Restarts of one process in `restart_window_s`; one more ends the run, with the process's name."""
+    restart_window_s: float = 600.0
     plain_progress_s: float = 5.0
     """Seconds between progress lines where there is no terminal."""
 

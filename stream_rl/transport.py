@@ -121,10 +121,15 @@ class Router(_AsyncSocket):
 
     async def receive(self) -> tuple[bytes, Any]:
         """The next well-formed message and the identity of its sender."""
+        peer, message, _ = await self.receive_raw()
+        return peer, message
+
+    async def receive_raw(self) -> tuple[bytes, Any, list[bytes]]:
+        """As `receive`, and the frames that the message came in."""
         while True:
             peer, *frames = await self._frames()
             if (message := self._decoded(frames)) is not None:
-                return peer, message
+                return peer, message, frames
 
     async def send(self, peer: bytes, message: Any) -> bool:
         """False if the peer is gone or hopelessly behind; the message is then dropped."""

@@ -116,13 +116,12 @@ def decode(frames: Sequence[Frame]) -> Any:
 
 
 def _array(name: str, field: str, dtype: np.dtype[Any], shape: object, frame: Frame) -> np.ndarray[Any, Any]:
-    sizes_fit = (
-        isinstance(shape, list) and len(shape) <= 4 and all(type(n) is int and 0 <= n <= MAX_ARRAY_BYTES for n in shape)
-    )
-    if not isinstance(shape, list) or not sizes_fit:
-        raise WireError("array_shape", f"{name}.{field}: a shape is a list of sizes, got {shape!r}")
+    if not isinstance(shape, list) or len(shape) > 4:
+        raise WireError("array_shape", f"{name}.{field}: a shape is a list of at most 4 sizes, got {shape!r}")
     count = 1
     for n in shape:
+        if type(n) is not int or not 0 <= n <= MAX_ARRAY_BYTES:
+            raise WireError("array_shape", f"{name}.{field}: a shape is a list of sizes, got {shape!r}")
         count *= n
     if count * dtype.itemsize > MAX_ARRAY_BYTES:
         raise WireError("array_too_large", f"{name}.{field}: {count * dtype.itemsize} bytes > {MAX_ARRAY_BYTES}")

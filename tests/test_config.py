@@ -60,6 +60,8 @@ def field_values(hint: Any) -> st.SearchStrategy[Any]:
         int: st.integers(-(2**63), 2**63 - 1),
         float: st.floats(allow_nan=False),
         str: st.text(max_size=20),
+        bool: st.booleans(),
+        dict[str, int]: st.dictionaries(st.text(max_size=6), st.integers(-(2**63), 2**63 - 1), max_size=3),
     }
     return simple.get(hint, OPTIONS)
 

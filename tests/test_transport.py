@@ -101,10 +101,10 @@ def test_messages_go_both_ways_in_order_and_the_router_knows_who_sent_them() -> 
     async def scene() -> None:
         async with Router.bind(LOOPBACK) as router, Dealer.connect(router.address, "engine-0") as dealer:
             for n in range(100):
-                await dealer.send(Admit(groups=n))
+                await dealer.send(Admit(groups=[n]))
             for n in range(100):
                 peer, message = await router.receive()
-                assert (peer, message.groups) == (b"engine-0", n)
+                assert (peer, message.groups) == (b"engine-0", [n])
             assert await router.send(b"engine-0", Done(what="all"))
             assert (await dealer.receive(PATIENCE)).what == "all"
 
@@ -303,8 +303,8 @@ def test_a_request_gets_its_reply_or_says_what_came_instead_or_what_did_not() ->
                 peer, _ = await router.receive()
                 await router.send(peer, message)
 
-            serving = asyncio.create_task(answer(Admit(groups=3)))
-            assert (await dealer.request(Done(what="x"), Admit, PATIENCE)).groups == 3
+            serving = asyncio.create_task(answer(Admit(groups=[3])))
+            assert (await dealer.request(Done(what="x"), Admit, PATIENCE)).groups == [3]
             await serving
             serving = asyncio.create_task(answer(Refused(reason="fenced", detail="too old")))
             with pytest.raises(WireError, match="fenced") as caught:
@@ -354,9 +354,9 @@ def test_what_a_hub_sent_before_its_peer_came_arrives_in_order(tmp_path: pathlib
     with open_hub() as hub, raw_router() as (router, _):
         hub.connect("queue", address, "engine-0")
         for n in range(20):
-            assert hub.send("queue", Admit(groups=n))
+            assert hub.send("queue", Admit(groups=[n]))
         router.bind(address)
-        assert [wire.decode(router.recv_multipart()[1:]).groups for _ in range(20)] == list(range(20))
+        assert [wire.decode(router.recv_multipart()[1:]).groups for _ in range(20)] == [[n] for n in range(20)]
 
 
 def test_another_thread_wakes_a_hub_during_or_before_its_poll() -> None:
@@ -384,10 +384,10 @@ def test_a_hub_keeps_its_conversations_apart() -> None:
         hub.send("publisher", Done(what="p"))
         assert queue.recv_multipart()[0] == b"engine-0"
         assert publisher.recv_multipart()[0] == b"engine-0/0"
-        queue.send_multipart([b"engine-0", *wire.encode(Admit(groups=1))])
-        publisher.send_multipart([b"engine-0/0", *wire.encode(Admit(groups=2))])
+        queue.send_multipart([b"engine-0", *wire.encode(Admit(groups=[1]))])
+        publisher.send_multipart([b"engine-0/0", *wire.encode(Admit(groups=[2]))])
         got = drain(hub, 2)
-        assert {(name, message.groups) for name, message in got} == {("queue", 1), ("publisher", 2)}  # type: ignore[attr-defined]
+        assert {(name, *message.groups) for name, message in got} == {("queue", 1), ("publisher", 2)}  # type: ignore[attr-defined]
 
 
 def test_a_wakeup_is_set_once_however_often_and_cleared_once() -> None:

@@ -20,7 +20,7 @@ from stream_rl.wire import Frame, decode, encode
 
 LIGHT = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 MEDIUM = settings(LIGHT, max_examples=120)
-TYPES = {name: cls for name, cls in wire.registered().items() if cls.__module__ == "stream_rl.messages"}
+TYPES = {name: cls for name, cls in wire.registered().items() if cls.__module__.startswith("stream_rl.messages.")}
 REASONS = {
     "frame_count",
     "header_too_long",
@@ -75,6 +75,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
         int: st.integers(-(2**63), 2**64 - 1),
         float: st.floats(),
         str: st.text(max_size=12),
+        bytes: st.binary(max_size=12),
     }
     return simple[hint]
 
@@ -192,7 +193,7 @@ def test_every_declared_message_is_registered_under_its_own_name() -> None:
     declared = {
         name
         for name, value in vars(messages).items()
-        if isinstance(value, type) and value.__module__ == messages.__name__
+        if isinstance(value, type) and value.__module__.startswith(messages.__name__)
     }
     assert declared == set(TYPES)
     assert len(TYPES) > 30
@@ -235,7 +236,7 @@ def test_arrays_travel_whatever_their_layout(array: np.ndarray[Any, Any]) -> Non
 
 
 def test_a_big_endian_array_travels_by_value() -> None:
-    message = messages.OpenGroup(group=0, task="t", members=1, prompt_ids=np.array([1, 258], ">i4"))
+    message = messages.OpenGroup(sequence=0, group=0, task="t", members=1, prompt_ids=np.array([1, 258], ">i4"))
     assert decode([bytes(frame) for frame in encode(message)]).prompt_ids.tolist() == [1, 258]
 
 
@@ -389,7 +390,7 @@ def test_fields_that_are_missing_are_refused(fields: Any) -> None:
 
 
 def test_a_field_with_a_default_may_be_missing_and_gets_a_fresh_default() -> None:
-    fields = {"group": 1, "member": 2, "status": "done"}
+    fields = {"sequence": 0, "group": 1, "member": 2, "status": "done"}
     first, second = (decode([msgpack.packb([1, "CloseTrajectory", fields, []])]) for _ in range(2))
     assert first.reward == 0.0 and first.reward_parts == {}
     assert first.reward_parts is not second.reward_parts

@@ -1,0 +1,96 @@
+"""Everything that crosses a process boundary, one declared type each.
+
+Who says what to whom, all DEALER to ROUTER:
+
+    engine    -> queue      Hello, Chunks, EngineStats            <- Welcome, Ack, Refused
+    actor     -> queue      Hello, OpenGroup, CloseTrajectory ... <- Welcome, Ack, Admit, Resume, Park, Cancel, Drain
+    learner   -> queue      Hello, LeaseRequest, Applied ...      <- Welcome, Lease, Done
+    publisher -> queue      Hello, VersionReport, EngineVerified  <- Welcome
+    observer  -> queue      Hello, StatusRequest, Shutdown        <- Welcome, Status, StepRecord
+    learner   -> publisher  SnapshotOffer, Snapshot, LearnerDone  <- SnapshotWanted, SnapshotTaken
+    engine    -> publisher  EngineHello, Alive, Staged, Live ...  <- UpdatePart, CommitOrder, HashOrder
+
+Any of them may be killed and started again.  What must not be lost is sent until it is answered: sequenced messages
+(engines' chunks, what actors say of trajectories) until an `Ack` covers them, requests until their reply comes.  Who is
+told `Refused(reason="not_registered")` says `Hello` again: the other side has restarted.
+"""
+
+from stream_rl.messages.learning import Applied, Committed, LearnerDone, Lease, LeaseRequest
+from stream_rl.messages.observing import DrainEngine, Shutdown, Status, StatusRequest, StepRecord
+from stream_rl.messages.peers import Alive, Done, Hello, Refused, Welcome
+from stream_rl.messages.trajectories import (
+    Ack,
+    ActorStats,
+    Admit,
+    Cancel,
+    Chunks,
+    CloseTrajectory,
+    Drain,
+    Engines,
+    EngineStats,
+    Evaluated,
+    Interrupted,
+    OpenGroup,
+    Park,
+    Resume,
+)
+from stream_rl.messages.weights import (
+    CommitOrder,
+    EngineHello,
+    EngineVerified,
+    HashOrder,
+    HashReport,
+    Live,
+    Snapshot,
+    SnapshotOffer,
+    SnapshotTaken,
+    SnapshotWanted,
+    Staged,
+    UpdatePart,
+    VersionReport,
+)
+
+__all__ = [
+    "Ack",
+    "ActorStats",
+    "Admit",
+    "Alive",
+    "Applied",
+    "Cancel",
+    "Chunks",
+    "CloseTrajectory",
+    "CommitOrder",
+    "Committed",
+    "Done",
+    "Drain",
+    "DrainEngine",
+    "EngineHello",
+    "EngineStats",
+    "EngineVerified",
+    "Engines",
+    "Evaluated",
+    "HashOrder",
+    "HashReport",
+    "Hello",
+    "Interrupted",
+    "LearnerDone",
+    "Lease",
+    "LeaseRequest",
+    "Live",
+    "OpenGroup",
+    "Park",
+    "Refused",
+    "Resume",
+    "Shutdown",
+    "Snapshot",
+    "SnapshotOffer",
+    "SnapshotTaken",
+    "SnapshotWanted",
+    "Staged",
+    "Status",
+    "StatusRequest",
+    "StepRecord",
+    "UpdatePart",
+    "VersionReport",
+    "Welcome",
+]
