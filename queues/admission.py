@@ -1,12 +1,14 @@
 """How many groups may be under way at once.
 
-Outstanding groups (credits not yet used + in flight + ready + leased) are held at `over_provision` times what one
-step is expected to take, so that a token is about that many steps old when it trains.  The expectation follows the
-trainable tokens of the groups that completed.
+Outstanding groups (admitted and not opened + in flight + ready + leased) are held at a limit: `over_provision` times
+what one step is expected to take, so that a token is about that many steps old when it trains, or what `Steering`
+finds.  The expectation follows the trainable tokens of the groups that completed.
 """
 
 import math
+from collections.abc import Iterable, Mapping
 
+from queues.steering import Steering
 from stream_rl.config import Queue, Rollout
 from stream_rl.errors import ConfigError
 
@@ -22,11 +24,19 @@ def check(queue: Queue, rollout: Rollout) -> None:
         ("queue.max_token_age", queue.max_token_age, -1),
         ("rollout.group_size", rollout.group_size, 1),
         ("rollout.max_new_tokens", rollout.max_new_tokens, 1),
+        ("queue.group_deadline_s", queue.group_deadline_s, 0),
+        ("queue.commit_seconds", queue.commit_seconds, 0),
+        ("queue.snapshot_bytes", queue.snapshot_bytes, 1 << 16),
+        *((f"queue.max_token_age_of.{task}", age, -1) for task, age in queue.max_token_age_of.items()),
     ):
-        if number < least:
+        if not number >= least:
             raise ConfigError(f"{name} must be at least {least}, got {number}")
-    if not 0 < queue.over_provision < math.inf:
-        raise ConfigError(f"queue.over_provision must be a positive number, got {queue.over_provision}")
+    for name, factor in (
+        ("queue.over_provision", queue.over_provision),
+        ("queue.target_token_age", queue.target_token_age),
+    ):
+        if not 0 < factor < math.inf:
+            raise ConfigError(f"{name} must be a positive number, got {factor}")
     if queue.min_tokens > queue.max_tokens:
         raise ConfigError(
             f"queue.min_tokens is {queue.min_tokens} and queue.max_tokens {queue.max_tokens}: a lease that may not "
@@ -42,9 +52,22 @@ def check(queue: Queue, rollout: Rollout) -> None:
         )
 
 
+def share(groups: Iterable[int], loads: Mapping[str, int]) -> dict[str, list[int]]:
+    """New groups for each actor, so that those with the fewest get the next; only actors that get any."""
+    loads = dict(loads)
+    shares: dict[str, list[int]] = {}
+    for group in groups:
+        actor = min(loads, key=lambda name: (loads[name], name))
+        loads[actor] += 1
+        shares.setdefault(actor, []).append(group)
+    return shares
+
+
 class Admission:
     def __init__(self, queue: Queue) -> None:
         self._queue = queue
+        steered = queue.mode == "streaming" and queue.in_flight == "steered"
+        self._steering = Steering(queue) if steered else None
         self.tokens_per_group = queue.min_tokens / queue.first_groups
         """Moving average over completed groups.  It starts from what the recipe expects and not from the first group
         to complete: the first are the shortest, and would ask for several times too many."""
@@ -61,7 +84,15 @@ class Admission:
 
     @property
     def limit(self) -> int:
+        """Groups that may be under way."""
+        if self._steering is not None:
+            return self._steering.limit(self.groups_per_step)
         return math.ceil(self._queue.over_provision * self.groups_per_step)
+
+    def applied(self, now: float, received_tokens: int, age_mean: float) -> None:
+        """A step was applied: `received_tokens` have come so far; those that it trained were of this mean age."""
+        if self._steering is not None:
+            self._steering.applied(now, received_tokens, age_mean, self.groups_per_step)
 
     def grant(self, outstanding: int, starving: bool) -> int:
         """Groups to admit now.  `starving`: a lease waits, and nothing under way could fill it; then at least one, or

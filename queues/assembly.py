@@ -8,11 +8,13 @@ same bytes again, and everything behind them would wait for ever.  The refused p
 About 2.5 microseconds a row: values are checked for the whole message at once, and the loop does no numpy.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from queues.ledger import Ledger, State
 from queues.tallies import Tallies
-from queues.trajectories import Trajectory
+from queues.trajectories import Group, Trajectory
 from queues.versions import Histories
 from stream_rl.messages import Chunks
 from stream_rl.types import Finish, parse_rid
@@ -23,15 +25,25 @@ _MAX_LOGPROB = 1e-3
 
 
 class Assembly:
-    def __init__(self, run: str, max_new_tokens: int, histories: Histories, ledger: Ledger, tallies: Tallies) -> None:
+    def __init__(
+        self,
+        run: str,
+        max_new_tokens: int,
+        histories: Histories,
+        ledger: Ledger,
+        tallies: Tallies,
+        groups: Mapping[int, Group],
+    ) -> None:
         self._run = run
+        self._groups = groups
         self._max_new_tokens = max_new_tokens
         self._histories = histories
         self._ledger = ledger
         self._tallies = tallies
         self.by_rid: dict[str, Trajectory] = {}
+        """By the request id of the current segment."""
 
-    def take(self, chunks: Chunks) -> tuple[list[Trajectory], bool]:
+    def take(self, now: float, chunks: Chunks) -> tuple[list[Trajectory], bool]:
         """Take every row that fits.  Returns the trajectories whose stream ended or turned out to have a hole, and
         whether to ask the engine to send again (once for each hole: it may not know better)."""
         if detail := _column_problem(chunks):
@@ -59,9 +71,10 @@ class Assembly:
             if trajectory.state is State.DROPPED:
                 self._late(trajectory, finish)
                 continue
+            start += trajectory.base
             end, have = start + count, trajectory.received
             if trajectory.finish:
-                refused["after_finish" if end > have or start < 0 else "duplicate"] += 1
+                refused["after_finish" if end > have or start < trajectory.base else "duplicate"] += 1
                 continue
             if trajectory.engine and trajectory.engine != engine:
                 refused["not_its_engine"] += 1
@@ -96,6 +109,7 @@ class Assembly:
                 touched.append(trajectory)
                 continue
             trajectory.engine = engine
+            trajectory.seen = now
             if fresh > 0:
                 skip = count - fresh
                 trajectory.ids += ids[4 * (begin + skip) : 4 * offset]
@@ -105,8 +119,8 @@ class Assembly:
                 fresh_total += fresh
                 if not finish:
                     streamed += fresh
-            if finish:
-                trajectory.finish = finish
+            trajectory.finish = finish
+            if finish or trajectory.interrupted:
                 touched.append(trajectory)
         self._ledger.receive(fresh_total)
         self._tallies.streamed_before_end += streamed
@@ -136,10 +150,15 @@ class Assembly:
 
     def _unknown(self, rid: str) -> str:
         try:
-            run = parse_rid(rid)[0]
+            run, group, member, segment = parse_rid(rid)
         except ValueError:
             return "bad_rid"
-        return "unknown_rid" if run == self._run else "other_run"
+        if run != self._run:
+            return "other_run"
+        known = self._groups.get(group)
+        if known is not None and member < len(known.members) and segment < known.members[member].segment:
+            return "old_segment"
+        return "unknown_rid"
 
 
 def _extend(

@@ -5,12 +5,13 @@ only while it is still below `min_tokens` it looks further down the line, since 
 one group trained a step later.  What it passed over stays first in line.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from queues.trajectories import Group
 from queues.versions import Histories
+from stream_rl.config import Queue
 from stream_rl.messages import Lease
 from stream_rl.types import Version
 
@@ -18,9 +19,9 @@ from stream_rl.types import Version
 class Ready:
     """Groups in the order in which they became ready, with their trainable tokens at the step being awaited."""
 
-    def __init__(self, histories: Histories, max_token_age: int) -> None:
+    def __init__(self, histories: Histories, queue: Queue) -> None:
         self._histories = histories
-        self._max_age = max_token_age
+        self._queue = queue
         self._trainable: dict[Group, int] = {}
         self._step = histories.last
         self.trainable_tokens = 0
@@ -35,17 +36,12 @@ class Ready:
     def add(self, group: Group) -> int:
         """Last in line.  Returns its trainable tokens at the step being awaited."""
         self.refresh()
-        trainable = self._trainable[group] = self._count(group)
+        trainable = self._trainable[group] = self.count(group)
         self.trainable_tokens += trainable
         return trainable
 
-    def put_back(self, groups: Iterable[Group]) -> None:
-        """First in line, in the given order."""
-        self._trainable = dict.fromkeys(groups, 0) | self._trainable
-        self._recount()
-
-    def remove(self, group: Group) -> None:
-        self.trainable_tokens -= self._trainable.pop(group)
+    def discard(self, group: Group) -> None:
+        self.trainable_tokens -= self._trainable.pop(group, 0)
 
     def refresh(self) -> None:
         """Tokens have aged if the step being awaited moved."""
@@ -74,18 +70,25 @@ class Ready:
 
     def _recount(self) -> None:
         self._step = self._histories.last
-        self._trainable = {group: self._count(group) for group in self._trainable}
+        self._trainable = {group: self.count(group) for group in self._trainable}
         self.trainable_tokens = sum(self._trainable.values())
 
-    def _count(self, group: Group) -> int:
-        if self._max_age < 0:
+    def count(self, group: Group) -> int:
+        """Tokens of a whole group that may train at the step being awaited."""
+        max_age = max_token_age(self._queue, group.task)
+        if max_age < 0:
             return sum(group.versions.values())
-        oldest = self._histories.last.step - self._max_age
+        oldest = self._histories.last.step - max_age
         effective = self._histories.effective_step
         return sum(count for version, count in group.versions.items() if effective(*version) >= oldest)
 
 
-def build_lease(step: Version, groups: Sequence[Group], histories: Histories, max_token_age: int) -> Lease:
+def max_token_age(queue: Queue, task: str) -> int:
+    """The bound for a task's tokens, in versions; -1 if there is none."""
+    return queue.max_token_age_of.get(task, queue.max_token_age)
+
+
+def build_lease(step: Version, groups: Sequence[Group], histories: Histories, queue: Queue) -> Lease:
     """The groups' surviving trajectories as columns, every token's age marked for `step`."""
     trajectories = [(group, t) for group in groups for t in group.survivors()]
     lengths = np.array([len(group.prompt) + t.received for group, t in trajectories], dtype=np.int32)
@@ -110,12 +113,15 @@ def build_lease(step: Version, groups: Sequence[Group], histories: Histories, ma
     assert at == total, f"spans cover {at} tokens of {total}"
     # Chunks of unpublished versions are refused, and a fork is never ahead of the step that follows it.
     assert not total or ages_T.min() >= 0, f"a token is younger than step {step}"
-    trainable = sampled if max_token_age < 0 else sampled & (ages_T <= max_token_age)
+    bounds = np.array([max_token_age(queue, group.task) for group, _ in trajectories], dtype=np.int32)
+    bound_T = np.repeat(bounds, lengths)
+    trainable = sampled & ((bound_T < 0) | (ages_T <= bound_T))
     return Lease(
         step=step,
         groups=np.array([group.id for group, _ in trajectories], dtype=np.int64),
         members=np.array([t.member for _, t in trajectories], dtype=np.int32),
         rewards=np.array([t.reward for _, t in trajectories], dtype=np.float32),
+        max_token_ages=bounds,
         lengths=lengths,
         token_ids=token_ids,
         sampled=sampled,

@@ -77,6 +77,14 @@ class Ledger:
         self.trained += trained
         self.masked.update(masked)
 
+    def uncommit(self, trajectories: int, trained: int, masked: dict[str, int]) -> None:
+        """Inverse of `commit`: the learner went back to an older checkpoint."""
+        self.trajectories[State.COMMITTED] -= trajectories
+        self.trajectories[State.APPLIED] += trajectories
+        self.tokens[State.APPLIED] += trained + sum(masked.values())
+        self.trained -= trained
+        self.masked.subtract(masked)
+
     def violations(self) -> list[str]:
         """Broken laws in words, naming both sides; empty when the books balance."""
         found = []

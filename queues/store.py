@@ -1,11 +1,11 @@
-"""Groups and their trajectories from the first chunk to the last commit.
+"""Groups and their trajectories from the first chunk to the day that nobody can ask for them again.
 
-    open -> in flight -> ready -> leased -> applied -> committed
+    open -> in flight -> ready -> leased -> applied -> committed -> forgotten
                  \\________\\_________________\\-> dropped (by reason)
 
 A member is complete when its stream finished, its actor closed it, and both agree on the number of tokens, in
 whatever order these arrive.  A group is ready when every member is complete or dropped; it goes on without the
-dropped ones while two are left to compare.
+dropped ones while two are left to compare.  How a member survives the loss of its engine is in `queues.resuming`.
 """
 
 from collections import Counter, deque
@@ -17,14 +17,18 @@ from queues.admission import Admission
 from queues.assembly import Assembly
 from queues.leasing import Ready
 from queues.ledger import LIVE, Ledger, State
-from queues.tallies import Settled, Tallies, count_name
+from queues.outgoing import Outgoing
+from queues.records import Ended
+from queues.resuming import Resuming
+from queues.tallies import Tallies, count_name
 from queues.trajectories import Group, Trajectory
 from queues.versions import Histories
+from stream_rl import messages as m
 from stream_rl.config import Queue
-from stream_rl.messages import Chunks, CloseTrajectory, OpenGroup
-from stream_rl.types import Finish, Status, Version, make_rid
+from stream_rl.types import Finish, Status, make_rid
 
 MAX_MEMBERS = 4096
+MAX_TASK = 1024
 INTERRUPTED = "interrupted"
 
 
@@ -33,31 +37,26 @@ class Settings:
     run: str
     queue: Queue
     max_new_tokens: int
+    silence_s: float = 30.0
+    """A peer without a sign of life for this long is lost."""
     keep_retired: int = 4096
     """Groups remembered after their end, so that late rows and closes are told from unknown ones."""
 
 
-@dataclass(frozen=True, slots=True)
-class AppliedStep:
-    """A step that was taken and is in no checkpoint yet."""
-
-    step: Version
-    groups: list[Group]
-    settled: Settled
-
-
 class Store:
-    def __init__(self, settings: Settings, histories: Histories, ledger: Ledger, tallies: Tallies) -> None:
+    def __init__(
+        self, settings: Settings, histories: Histories, ledger: Ledger, tallies: Tallies, out: Outgoing
+    ) -> None:
         self._settings = settings
-        self._histories = histories
         self._ledger = ledger
         self._tallies = tallies
+        self._out = out
         self.groups: dict[int, Group] = {}
         self.group_counts: dict[State, int] = dict.fromkeys(State, 0)
-        self.assembly = Assembly(settings.run, settings.max_new_tokens, histories, ledger, tallies)
-        self.ready = Ready(histories, settings.queue.max_token_age)
+        self.assembly = Assembly(settings.run, settings.max_new_tokens, histories, ledger, tallies, self.groups)
+        self.resuming = Resuming(settings.run, settings.max_new_tokens, self.groups, self.assembly, tallies, out)
+        self.ready = Ready(histories, settings.queue)
         self.admission = Admission(settings.queue)
-        self.applied: deque[AppliedStep] = deque()
         self._retired: deque[int] = deque()
         self._forgotten: Counter[tuple[str, str]] = Counter()
         """(state or drop reason, trajectories or tokens) of retired groups that are remembered no more."""
@@ -69,36 +68,39 @@ class Store:
 
     # -- growing -----------------------------------------------------------------------------------------------
 
-    def opening_problem(self, event: OpenGroup) -> tuple[str, str] | None:
+    def opening_problem(self, event: m.OpenGroup) -> tuple[str, str] | None:
         """(reason, detail) why the group cannot be opened, or None."""
-        if event.group in self.groups or not 0 <= event.group < 1 << 63:
-            return "bad_group", f"group {event.group} exists, or is no non-negative 63-bit number"
         if not 1 <= event.members <= MAX_MEMBERS:
             return "bad_members", f"a group has 1 to {MAX_MEMBERS} members, got {event.members}"
+        if len(event.task) > MAX_TASK:
+            return "bad_task", f"a task's name has {MAX_TASK} characters at most, got {len(event.task)}"
         prompt = event.prompt_ids
         if prompt.ndim != 1 or not prompt.size or int(prompt.min()) < 0:
             return "bad_prompt", f"a prompt is a row of token ids, got {prompt.size} of shape {prompt.shape}"
         return None
 
-    def open(self, event: OpenGroup, actor: str) -> None:
-        group = Group(event.group, actor, event.task, event.prompt_ids, pending=event.members)
+    def open(self, now: float, event: m.OpenGroup, actor: str) -> None:
+        group = Group(event.group, actor, event.task, event.prompt_ids, event.problem, now, pending=event.members)
         for member in range(event.members):
-            trajectory = Trajectory(group, member, make_rid(self._settings.run, event.group, member, 0))
+            rid = make_rid(self._settings.run, event.group, member, 0)
+            trajectory = Trajectory(group, member, rid, seen=now)
             group.members.append(trajectory)
-            self.assembly.by_rid[trajectory.rid] = trajectory
+            self.assembly.by_rid[rid] = trajectory
         self.groups[group.id] = group
         self.group_counts[State.IN_FLIGHT] += 1
         self._ledger.admit(event.members)
+        self._tallies.task(event.task).opened += 1
+        self.resuming.opened(group)
 
-    def chunks(self, event: Chunks) -> tuple[bool, bool]:
+    def chunks(self, now: float, event: m.Chunks) -> tuple[bool, bool]:
         """Take a chunk message.  (whether any trajectory may have settled, whether to ask for a resend)"""
-        touched, resend = self.assembly.take(event)
+        touched, resend = self.assembly.take(now, event)
         for trajectory in touched:
-            self._settle(trajectory)
+            self._settle(now, trajectory)
         return bool(touched), resend
 
-    def closing_problem(self, event: CloseTrajectory, actor: str) -> tuple[str, str] | None:
-        """(reason, detail) why the close cannot be taken, or None."""
+    def member_problem(self, event: m.CloseTrajectory | m.Interrupted, actor: str) -> tuple[str, str] | None:
+        """(reason, detail) why what is said of a trajectory cannot be taken, or None."""
         group = self.groups.get(event.group)
         if group is None:
             return "unknown_group", f"no group {event.group} is open"
@@ -106,13 +108,17 @@ class Store:
             return "not_its_actor", f"group {event.group} is of {group.actor}"
         if not 0 <= event.member < len(group.members):
             return "unknown_member", f"group {event.group} has {len(group.members)} members, got {event.member}"
-        if event.status not in set(Status):
+        trajectory = group.members[event.member]
+        if trajectory.closed:
+            return "already_closed", f"trajectory {trajectory.label} was closed before"
+        if trajectory.segment != event.segment:
+            detail = f"trajectory {trajectory.label} is at segment {trajectory.segment}, this is of {event.segment}"
+            return ("old_segment" if event.segment < trajectory.segment else "unknown_segment"), detail
+        if isinstance(event, m.CloseTrajectory) and event.status not in set(Status):
             return "bad_status", f"a status is one of {[s.value for s in Status]}, got {event.status!r}"
-        if group.members[event.member].closed:
-            return "already_closed", f"trajectory {event.group}/{event.member} was closed before"
         return None
 
-    def close(self, event: CloseTrajectory) -> None:
+    def close(self, now: float, event: m.CloseTrajectory) -> None:
         trajectory = self.groups[event.group].members[event.member]
         failed = event.status == Status.FAILED
         trajectory.closed, trajectory.failed = True, failed
@@ -123,32 +129,54 @@ class Store:
                 self._tallies.cancel(trajectory, event.reason)
             return
         if failed:
-            self._drop_member(trajectory, event.reason)
+            if trajectory.finish == Finish.ABORT:
+                self._tallies.cancel(trajectory, event.reason)
+            self._drop_member(now, trajectory, event.reason)
             return
         if not np.isfinite(np.float32(event.reward)):  # as the learner will see it
-            self._drop_member(trajectory, "bad_reward")
+            self._drop_member(now, trajectory, "bad_reward")
             return
         self._tallies.finished(event)
         trajectory.reward, trajectory.num_sampled = event.reward, event.num_sampled
-        self._settle(trajectory)
+        self._settle(now, trajectory)
 
-    def _settle(self, trajectory: Trajectory) -> None:
-        """Complete or drop a trajectory if what has arrived decides it."""
+    def interrupt(self, now: float, event: m.Interrupted) -> None:
+        trajectory = self.groups[event.group].members[event.member]
+        if trajectory.state is not State.IN_FLIGHT or trajectory.resting:
+            return
+        self.resuming.interrupted(now, trajectory, event.reason or INTERRUPTED, event.num_sampled)
+
+    def overdue(self, now: float, deadline_s: float) -> bool:
+        """Let groups that have grown for too long go on without their unfinished members."""
+        late = [g for g in self.groups.values() if g.state is State.IN_FLIGHT and now - g.opened > deadline_s]
+        for group in late:
+            for trajectory in [t for t in group.survivors() if not t.complete]:
+                if trajectory.state is State.IN_FLIGHT:
+                    self._cancel(trajectory, "deadline")
+                    self._drop_member(now, trajectory, "deadline")
+        return bool(late)
+
+    def _settle(self, now: float, trajectory: Trajectory) -> None:
+        """Complete, drop or resume a trajectory if what has arrived decides it."""
         if trajectory.state is not State.IN_FLIGHT or trajectory.complete:
             return
-        if trajectory.finish == Finish.ABORT:
-            self._tallies.aborted += 1
-            self._drop_member(trajectory, INTERRUPTED)
-        elif trajectory.closed:
-            if trajectory.finish and trajectory.received == trajectory.num_sampled:
+        if trajectory.closed:
+            if trajectory.finish == Finish.ABORT:
+                self._tallies.aborted += 1
+                self._drop_member(now, trajectory, INTERRUPTED)
+            elif trajectory.finish and trajectory.received == trajectory.num_sampled:
                 trajectory.complete = True
-                self._member_settled(trajectory.group)
+                self._member_settled(now, trajectory.group)
             elif trajectory.finish or trajectory.received > trajectory.num_sampled:
-                self._drop_member(trajectory, "count_mismatch")
+                self._drop_member(now, trajectory, "count_mismatch")
             elif trajectory.lost > trajectory.received:
-                self._drop_member(trajectory, "broken_stream")
+                self._drop_member(now, trajectory, "broken_stream")
+            else:
+                self.resuming.rest_if_orphaned(now, trajectory)
+        elif trajectory.interrupted and not trajectory.resting:
+            self.resuming.rest_if_whole(now, trajectory)
 
-    def _member_settled(self, group: Group) -> None:
+    def _member_settled(self, now: float, group: Group) -> None:
         group.pending -= 1
         if group.pending:
             return
@@ -157,98 +185,72 @@ class Store:
             self.drop_group(group, "too_few_members")
             return
         group.summarise()
-        self._move(group, State.READY)
+        if self._settings.queue.filter == "equal_rewards" and group.reward_range == 0:
+            self.drop_group(group, "equal_rewards")
+            return
+        self.move(group, State.READY)
         self.admission.completed(self.ready.add(group))
 
     # -- dropping ----------------------------------------------------------------------------------------------
 
-    def drop_group(self, group: Group, reason: str, cancel: bool = False) -> list[Trajectory]:
-        """Drop every survivor.  With `cancel`, those that still grow count as cancelled and are returned."""
-        growing = [t for t in group.survivors() if not t.finish and not t.closed] if cancel else []
-        for trajectory in growing:
-            self._tallies.cancel(trajectory, reason)
-        for trajectory in group.survivors():
+    def drop_group(self, group: Group, reason: str, cancel: bool = False) -> None:
+        """Drop every survivor.  With `cancel`, the generation of those that still grow is stopped."""
+        for trajectory in list(group.survivors()):
+            if cancel:
+                self._cancel(trajectory, reason)
             self._drop(trajectory, reason)
         if group.state is State.READY:
-            self.ready.remove(group)
+            self.ready.discard(group)
         group.pending = 0
         self._set_state(group, State.DROPPED)
-        self._retire(group)
-        return growing
+        self._tallies.task(group.task).dropped += 1
+        self.retire(group)
 
-    def _drop_member(self, trajectory: Trajectory, reason: str) -> None:
+    def _cancel(self, trajectory: Trajectory, reason: str) -> None:
+        if not trajectory.closed and not trajectory.complete and trajectory.state is State.IN_FLIGHT:
+            if not trajectory.finish:
+                self._tallies.cancel(trajectory, reason)
+            cancel = m.Cancel(group=trajectory.group.id, member=trajectory.member, reason=reason)
+            self._out.send(trajectory.group.actor, cancel)
+
+    def _drop_member(self, now: float, trajectory: Trajectory, reason: str) -> None:
         self._drop(trajectory, reason)
-        self._member_settled(trajectory.group)
+        self._member_settled(now, trajectory.group)
 
     def _drop(self, trajectory: Trajectory, reason: str) -> None:
         trajectory.reason = count_name(self._ledger.dropped, reason)
         self._ledger.drop(trajectory.state, trajectory.received, trajectory.reason)
         trajectory.state = State.DROPPED
         trajectory.release()
-
-    # -- training ----------------------------------------------------------------------------------------------
-
-    def drop_hopeless(self) -> None:
-        """Drop the ready groups in which no token may train at the step being awaited."""
-        self.ready.refresh()
-        for group in self.ready.hopeless():
-            self.drop_group(group, "too_old" if group.versions else "empty")
-
-    def lease(self) -> list[Group]:
-        """Choose the groups of the next lease and mark them leased."""
-        queue = self._settings.queue
-        groups = self.ready.choose(queue.min_tokens, queue.max_tokens)
-        for group in groups:
-            self.ready.remove(group)
-            self._move(group, State.LEASED)
-        return groups
-
-    def put_back(self, groups: list[Group]) -> None:
-        """The lease will never be applied: its groups are first in line again."""
-        for group in groups:
-            self._move(group, State.READY)
-        self.ready.put_back(groups)
-
-    def apply(self, step: Version, groups: list[Group], settled: Settled) -> None:
-        for group in groups:
-            self._move(group, State.APPLIED)
-            for trajectory in group.survivors():
-                trajectory.release()
-        self.applied.append(AppliedStep(step, groups, settled))
-
-    def commit(self, step: Version) -> None:
-        """A durable checkpoint holds every step below `step`."""
-        while self.applied and self.applied[0].step < step:
-            done = self.applied.popleft()
-            trajectories = 0
-            for group in done.groups:
-                for trajectory in group.survivors():
-                    trajectory.state = State.COMMITTED
-                    trajectories += 1
-                self._set_state(group, State.COMMITTED)
-                self._retire(group)
-            self._ledger.commit(trajectories, done.settled.trained, done.settled.masked)
-
-    def fork(self, step: int) -> None:
-        """A new history starts at `step`: what the old one applied from there on trained weights that are gone."""
-        while self.applied and self.applied[-1].step.step >= step:
-            for group in self.applied.pop().groups:
-                self.drop_group(group, "dead_history")
+        self._out.record(Ended(trajectory.group.id, trajectory.member, "dropped", trajectory.reason))
 
     # -- states ------------------------------------------------------------------------------------------------
 
-    def _move(self, group: Group, target: State) -> None:
+    def move(self, group: Group, target: State) -> None:
+        """All survivors go on together; not for dropping or committing."""
         for trajectory in group.survivors():
             self._ledger.move(trajectory.state, target, trajectory.received)
             trajectory.state = target
         self._set_state(group, target)
+
+    def set_committed(self, groups: list[Group], committed: bool) -> int:
+        """Mark applied groups as committed, or back; the number of their trajectories.  The ledger is the caller's."""
+        state, trajectories = State.COMMITTED if committed else State.APPLIED, 0
+        for group in groups:
+            for trajectory in group.survivors():
+                trajectory.state = state
+                trajectories += 1
+            self._set_state(group, state)
+        return trajectories
 
     def _set_state(self, group: Group, target: State) -> None:
         self.group_counts[group.state] -= 1
         self.group_counts[target] += 1
         group.state = target
 
-    def _retire(self, group: Group) -> None:
+    def retire(self, group: Group) -> None:
+        """Let its data go; remember it for a while."""
+        group.release()
         self._retired.append(group.id)
         if len(self._retired) > self._settings.keep_retired:
             old = self.groups.pop(self._retired.popleft())
@@ -264,8 +266,11 @@ class Store:
         counts[where, "trajectories"] += 1
         counts[where, "tokens"] += trajectory.received
 
-    def recount(self) -> None:
-        """Count everything again, slowly.  Raises AssertionError, naming both sides, where the books are wrong."""
+    def recount(self, again: set[int]) -> None:
+        """Count everything again, slowly.  Raises AssertionError, naming both sides, where the books are wrong.
+
+        again: groups that wait to be leased again.
+        """
         counts = Counter(self._forgotten)
         groups: Counter[State] = Counter()
         for group in self.groups.values():
@@ -274,10 +279,12 @@ class Store:
             assert pending == group.pending, f"group {group.id}: {pending} members pending, it says {group.pending}"
             for trajectory in group.members:
                 self._count(counts, trajectory)
-                if trajectory.state in (State.IN_FLIGHT, State.READY, State.LEASED):
+                assert self.assembly.by_rid.get(trajectory.rid) is trajectory, f"{trajectory.rid} leads elsewhere"
+                if trajectory.state in (State.IN_FLIGHT, State.READY, State.LEASED, State.APPLIED):
                     held = {len(trajectory.ids) // 4, len(trajectory.logprobs) // 4}
                     held |= {sum(count for _, _, count in trajectory.spans), trajectory.received}
                     assert len(held) == 1, f"trajectory {trajectory.label}: columns of {held} tokens"
+                    assert trajectory.base <= trajectory.received
         ledger = self._ledger
         books: Counter[tuple[str, str]] = Counter()
         for state in (*LIVE, State.COMMITTED):
@@ -291,4 +298,5 @@ class Store:
         assert +books == +counts, f"books {+books} != counted {+counts}"
         for state in (State.IN_FLIGHT, State.READY, State.LEASED, State.APPLIED):
             assert groups[state] == self.group_counts[state], f"{state} groups: {groups} != {self.group_counts}"
-        assert {g.id for g in self.ready} == {g.id for g in self.groups.values() if g.state is State.READY}
+        assert {g.id for g in self.ready} | again == {g.id for g in self.groups.values() if g.state is State.READY}
+        assert not again & {g.id for g in self.ready}

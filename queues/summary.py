@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from queues.ledger import State
+from queues.ledger import Ledger, State
 from queues.tallies import Settled, Tallies, Window
 from stream_rl.messages import Applied, Lease, StepRecord
 from stream_rl.metrics import quantile
@@ -38,6 +38,20 @@ def summary(core: "QueueCore") -> dict[str, object]:
         "token_age_p99": _age_quantile(tallies, 0.99),
         "token_age_max": max(tallies.ages, default=0),
         "masked_share": _share(tallies.masked["too_old"], sampled),
+        "masked_by_length": masked_by_length(tallies),
+        "wholly_masked": sum(m == n for n, m in zip(tallies.lengths, tallies.too_old, strict=True)),
+        "length_bias": _length_bias(tallies, ledger),
+        "resumed": {"engine_lost": 0} | tallies.resumed,
+        "forked_steps": tallies.forked_steps,
+        "tasks": {
+            name.replace(".", "_"): {
+                "opened": task.opened,
+                "applied": task.applied,
+                "dropped": task.dropped,
+                "longest_s": round(task.longest_s, 3),
+            }
+            for name, task in tallies.tasks.items()
+        },
         "dropped": {"run_end": 0} | ledger.dropped,
         "cancelled": dict(tallies.cancelled),
         "refused": dict(tallies.refused),
@@ -68,7 +82,12 @@ def progress(core: "QueueCore") -> dict[str, object]:
     ledger = core.ledger
     peers: dict[str, Any] = {}
     for peer in core.registry.peers.values():
-        fields: dict[str, object] = {"role": peer.role, "silent_s": max(0.0, core.now - peer.seen)}
+        fields: dict[str, object] = {
+            "role": peer.role,
+            "incarnation": peer.incarnation,
+            "lost": float(peer.lost),
+            "silent_s": max(0.0, core.now - peer.seen),
+        }
         if peer.version is not None:
             fields["version"] = str(peer.version)
             fields["version_step"] = peer.version.step
@@ -80,11 +99,13 @@ def progress(core: "QueueCore") -> dict[str, object]:
             "version_step": core.histories.last.step,
             "trajectories": {state.value: ledger.trajectories[state] for state in State},
             "tokens": {state.value: count for state, count in ledger.tokens.items()},
-            "admitted": ledger.admitted,
+            "opened": ledger.admitted,
             "groups": {
                 state.value: core.store.group_counts[state] for state in (State.IN_FLIGHT, State.READY, State.LEASED)
             },
-            "credits": sum(core.credits.values()),
+            "admitted": sum(len(groups) for groups in core.admitted.values()),
+            "resting": core.store.resuming.resting,
+            "again": len(core.steps.again),
             "outstanding_limit": core.store.admission.limit,
             "ready_trainable_tokens": core.store.ready.trainable_tokens,
             "awaits": "; ".join(core.awaits(most=8)),
@@ -112,7 +133,7 @@ def step_record(core: "QueueCore", event: Applied, lease: Lease, settled: Settle
         "lease_reward_mean": float(lease.rewards.mean()),
         "trained_tokens": settled.trained,
         "masked_tokens": settled.masked["too_old"],
-        "token_age_mean": _share(sum(age * count for age, count in settled.ages.items()), settled.trained),
+        "token_age_mean": settled.age_mean,
         "token_age_max": max(settled.ages, default=0),
         "received_tokens_total": core.ledger.received,
         "trained_tokens_total": core.tallies.trained,
@@ -124,11 +145,34 @@ def step_record(core: "QueueCore", event: Applied, lease: Lease, settled: Settle
 
 
 def _reward_tenth(tallies: Tallies, last: bool) -> float:
-    """Mean over the trajectories that finished in the first or last tenth of the steps taken."""
-    tenth = max(1, tallies.steps // 10)
-    taken = tallies.windows[: tallies.steps]
+    """Mean over the trajectories that finished in the first or last tenth of the steps taken, also those of dead
+    histories: what finished while one was awaited was learned from later."""
+    taken = tallies.windows[:-1]
+    tenth = max(1, len(taken) // 10)
     windows = taken[-tenth:] if last else taken[:tenth]
     return _share(sum(w.rewards for w in windows), sum(w.finished for w in windows))
+
+
+def masked_by_length(tallies: Tallies) -> dict[str, float]:
+    """Share of the sampled tokens that the age bound masked, by decile of the trained trajectories' length: `d1` holds
+    the shortest tenth, `d10` the longest.  Empty below ten trajectories."""
+    if len(tallies.lengths) < 10:
+        return {}
+    lengths, too_old = (np.frombuffer(column, np.uint32) for column in (tallies.lengths, tallies.too_old))
+    order = np.argsort(lengths, kind="stable")
+    deciles = zip(np.array_split(lengths[order], 10), np.array_split(too_old[order], 10), strict=True)
+    return {
+        f"d{i}": round(float(masked.sum() / max(1, sampled.sum())), 6) for i, (sampled, masked) in enumerate(deciles, 1)
+    }
+
+
+def _length_bias(tallies: Tallies, ledger: Ledger) -> float:
+    """Mean sampled length of the trained trajectories over that of all that ended before the run did.  Below 1, what
+    is trained on is shorter than what was dispatched."""
+    dropped = sum(n for reason, n in ledger.dropped.items() if reason != "run_end")
+    dropped_tokens = sum(n for reason, n in ledger.dropped_tokens.items() if reason != "run_end")
+    trained, tokens = len(tallies.lengths), sum(tallies.lengths)
+    return _share(_share(tokens, trained), _share(tokens + dropped_tokens, trained + dropped))
 
 
 def _age_quantile(tallies: Tallies, q: float) -> float:

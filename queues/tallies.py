@@ -50,10 +50,29 @@ class Settled:
     masked: dict[str, int]
     ages: Counter[int]
     """Of the trained tokens."""
+    lengths: tuple[int, ...] = ()
+    """[S] sampled tokens of each trajectory of a trained step."""
+    too_old: tuple[int, ...] = ()
+    """[S] those of them that the age bound masked."""
 
     @property
     def sampled(self) -> int:
         return self.trained + sum(self.masked.values())
+
+    @property
+    def age_mean(self) -> float:
+        """Of the trained tokens; nan if there are none."""
+        return sum(age * n for age, n in self.ages.items()) / self.trained if self.trained else math.nan
+
+
+@dataclass(slots=True)
+class TaskTally:
+    """Groups of one task, by what became of them, and the longest that one took from its opening to its step."""
+
+    opened: int = 0
+    applied: int = 0
+    dropped: int = 0
+    longest_s: float = 0.0
 
 
 class Tallies:
@@ -76,6 +95,15 @@ class Tallies:
         self.trained = 0
         self.masked: Counter[str] = Counter()
         self.ages: Counter[int] = Counter()
+        self.lengths: array[int] = array("I")
+        """Sampled tokens of each trained trajectory, in order."""
+        self.too_old: array[int] = array("I")
+        """Those of them that the age bound masked."""
+        self.forked_steps = 0
+        """Applied steps that a restart of the learner took back; their leases were handed out again."""
+        self.resumed: Counter[str] = Counter()
+        """Segments that went on elsewhere, by why the one before ended."""
+        self.tasks: dict[str, TaskTally] = {}
         self.learner_busy_s = 0.0
         self.learner_wall_s = 0.0
         self.engine_counters: dict[tuple[str, int], dict[str, float]] = {}
@@ -128,9 +156,27 @@ class Tallies:
         self.trained += settled.trained
         self.masked.update(settled.masked)
         self.ages.update(settled.ages)
+        self.lengths.extend(settled.lengths)
+        self.too_old.extend(settled.too_old)
         self.learner_busy_s += event.metrics.get("busy_seconds", 0.0)
         self.learner_wall_s += event.metrics.get("wall_seconds", 0.0)
         self.windows.append(Window())
+
+    def taken_back(self, settled: Settled, outcome: str) -> None:
+        """The newest applied step belongs to a dead history."""
+        self.steps -= 1
+        self.skipped -= outcome != "trained"
+        self.forked_steps += 1
+        self.trained -= settled.trained
+        self.masked.subtract(settled.masked)
+        self.ages -= settled.ages  # keeps no age of which nothing is left
+        if settled.lengths:
+            del self.lengths[-len(settled.lengths) :], self.too_old[-len(settled.too_old) :]
+
+    def task(self, name: str) -> TaskTally:
+        if name not in self.tasks and len(self.tasks) >= MAX_NAMES:
+            name = "other"
+        return self.tasks.setdefault(name, TaskTally())
 
     # -- reports -----------------------------------------------------------------------------------------------
 
@@ -176,7 +222,11 @@ def settle(lease: Lease, outcome: str) -> Settled:
     if outcome != "trained":
         return Settled(0, masked | {"skipped": unmasked}, Counter())
     ages, counts = np.unique(lease.ages[trainable], return_counts=True)
-    return Settled(unmasked, masked, Counter(dict(zip(ages.tolist(), counts.tolist(), strict=True))))
+    firsts = np.cumsum(lease.lengths, dtype=np.int64) - lease.lengths
+    lengths = np.add.reduceat(lease.sampled, firsts, dtype=np.int64)
+    too_old = lengths - np.add.reduceat(lease.trainable, firsts, dtype=np.int64)
+    of_age = Counter(dict(zip(ages.tolist(), counts.tolist(), strict=True)))
+    return Settled(unmasked, masked, of_age, tuple(lengths.tolist()), tuple(too_old.tolist()))
 
 
 def stats_problem(stats: EngineStats) -> str:

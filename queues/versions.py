@@ -27,6 +27,10 @@ class Histories:
         """The newest version of the current history; the next lease is for the step that starts from it."""
         return Version(self.current, self.published[self.current])
 
+    def knows(self, version: Version) -> bool:
+        """Whether it was published."""
+        return 0 <= version.step <= self.published.get(version.history, -1)
+
     def publish(self, version: Version) -> None:
         """The successor of `last` exists from here on."""
         assert version == (self.current, self.last.step + 1), f"{version} does not follow {self.last}"

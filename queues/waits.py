@@ -5,6 +5,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from queues.ledger import State
+from queues.trajectories import Trajectory
 
 if TYPE_CHECKING:
     from queues.core import QueueCore
@@ -17,37 +18,76 @@ def awaits(core: "QueueCore", most: int) -> list[str]:
     return list(islice(_inputs(core), most))
 
 
+def why(core: "QueueCore", most: int) -> list[str]:
+    """What each object waits for, processes first, then trajectories, the longest wait first."""
+    if core.closed:
+        return ["nothing: the run has ended"]
+    lines = [line for line in _run(core) if line]
+    growing = sorted(_growing(core), key=lambda trajectory: trajectory.seen)
+    for trajectory in growing[: max(0, most - len(lines))]:
+        quiet = f"{core.now - trajectory.seen:.0f} s ago"
+        last = f"last token {quiet}" if trajectory.engine else f"asked for {quiet}"
+        lines.append(f"group {trajectory.group.id} waits for {_waits_for(trajectory)}, {last}")
+    if rest := len(growing) - (most - len(lines)):
+        lines += [f"and {rest} more trajectories"] if rest > 0 and len(lines) >= most else []
+    return lines or ["nothing is under way"]
+
+
+def _run(core: "QueueCore") -> Iterator[str]:
+    for peer in core.registry.peers.values():
+        if peer.lost:
+            yield f"{peer.name} is lost: silent for {core.now - peer.seen:.0f} s; its restart is awaited"
+    yield from (f"the run waits for {line}" for line in _steps(core))
+    if core.steps.waiting is not None:
+        store, least = core.store, core.settings.queue.min_tokens
+        have = store.ready.trainable_tokens
+        yield (
+            f"{core.steps.waiting} waits for the lease of step {core.histories.last}: "
+            f"{have} of {least} trainable tokens are ready in {len(store.ready)} groups"
+        )
+    for actor, groups in core.admitted.items():
+        if groups:
+            yield f"{len(groups)} admitted groups wait for {actor} to open them"
+
+
 def _inputs(core: "QueueCore") -> Iterator[str]:
     for role, words in (("learner", "the learner"), ("actor", "an actor"), ("engine", "an engine")):
-        if not any(core.registry.of_role(role)):
+        if not any(core.registry.living(role)):
             yield f"hello of {words}"
+    yield from _steps(core)
+    for actor, groups in core.admitted.items():
+        if groups:
+            yield f"{actor} to open {len(groups)} groups"
+    yield from (_waits_for(trajectory) for trajectory in _growing(core))
+
+
+def _steps(core: "QueueCore") -> Iterator[str]:
     done = core.tallies.learner_done
     if core.drained and core.finished:
         yield "shutdown"
-    elif core.drained:
+    elif core.drained and done is not None:
         if "last" not in core.tallies.evaluated:
-            yield "evaluation of the last version"
+            yield "the evaluation of the last version"
         yield from (f"the hash of all of {name}'s live weights" for name in core.unverified())
     elif done is not None:
         yield from (f"{peer.name} to hold version {done.final}" for peer in core.behind(done.final))
-    elif core.lease is not None:
-        yield f"step {core.lease.message.step} to be applied"
-    elif core.waiting is None:
-        yield f"lease request for step {core.histories.last}"
-    yield from _growth(core)
+    elif core.steps.lease is not None:
+        yield f"step {core.steps.lease.message.step} to be applied"
+    elif core.steps.waiting is None:
+        yield f"the lease request for step {core.histories.last}"
 
 
-def _growth(core: "QueueCore") -> Iterator[str]:
-    for actor, credits in core.credits.items():
-        if credits:
-            yield f"{actor} to open {credits} groups"
+def _growing(core: "QueueCore") -> Iterator[Trajectory]:
     for group in core.store.groups.values():
-        if group.state is not State.IN_FLIGHT:
-            continue
-        for trajectory in group.members:
-            if trajectory.state is not State.IN_FLIGHT or trajectory.complete:
-                continue
-            if not trajectory.finish:
-                yield f"tokens of {trajectory.label} from {trajectory.engine or 'an engine'}"
-            if not trajectory.closed:
-                yield f"close of {trajectory.label} by {group.actor}"
+        if group.state is State.IN_FLIGHT:
+            yield from (t for t in group.members if t.state is State.IN_FLIGHT and not t.complete)
+
+
+def _waits_for(trajectory: Trajectory) -> str:
+    name, actor = f"trajectory {trajectory.label}", trajectory.group.actor
+    if trajectory.resting:
+        return f"{name} to be resumed in the next round"
+    if not trajectory.finish:
+        stopping = " (told to stop it)" if trajectory.parking else ""
+        return f"{name} on {trajectory.engine or 'an engine'}{stopping}"
+    return f"{actor} to {'say how it was interrupted' if trajectory.finish == 'abort' else 'close'}: {name}"

@@ -26,8 +26,8 @@ class Row:
     logprobs: Sequence[float] = ()
 
 
-def rid(group: int, member: int = 0) -> str:
-    return make_rid(RUN, group, member, 0)
+def rid(group: int, member: int = 0, segment: int = 0) -> str:
+    return make_rid(RUN, group, member, segment)
 
 
 def spans_of(rows: Sequence[Row]) -> list[tuple[int, int, int, int]]:
@@ -59,7 +59,13 @@ def make_chunks(rows: Sequence[Row], sequence: int = 0, **changes: Any) -> m.Chu
 
 
 def make_core(max_new_tokens: int = 16, keep_retired: int = 4096, **queue: Any) -> QueueCore:
-    defaults: dict[str, Any] = {"min_tokens": 8, "max_tokens": 64, "first_groups": 2, "max_token_age": 2}
+    defaults: dict[str, Any] = {
+        "min_tokens": 8,
+        "max_tokens": 64,
+        "first_groups": 2,
+        "in_flight": "fixed",
+        "max_token_age": 2,
+    }
     settings = Settings(
         run=RUN, queue=Queue(**(defaults | queue)), max_new_tokens=max_new_tokens, keep_retired=keep_retired
     )
@@ -74,6 +80,9 @@ class Run:
     joined: bool = True
     now: float = 100.0
     sequence: int = 0
+    """Of the next chunk message of engine-0."""
+    told: int = 0
+    """Sequenced messages of actor-0."""
     log: list[tuple[float, str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -95,19 +104,31 @@ class Run:
 
     def open(self, group: int, members: int = 2, prompt: Sequence[int] = (1, 2, 3)) -> list[tuple[str, Any]]:
         ids = np.array(prompt, np.int32)
-        return self.say("actor-0", m.OpenGroup(group=group, task="t", members=members, prompt_ids=ids))
+        return self.tell(m.OpenGroup, group=group, task="t", members=members, prompt_ids=ids, problem=b"p")
+
+    def tell(self, kind: type[Any], **fields: Any) -> list[tuple[str, Any]]:
+        """The next sequenced message of actor-0."""
+        self.told += 1
+        return self.say("actor-0", kind(sequence=self.told - 1, **fields))
 
     def chunks(self, *rows: Row, **changes: Any) -> list[tuple[str, Any]]:
         event = make_chunks(rows, **({"sequence": self.sequence} | changes))
         self.sequence = max(self.sequence, event.sequence + 1)
         return self.say("engine-0", event)
 
-    def close(self, group: int, member: int, num_sampled: int, reward: float = 1.0) -> list[tuple[str, Any]]:
-        close = m.CloseTrajectory(group=group, member=member, status="done", reward=reward, num_sampled=num_sampled)
-        return self.say("actor-0", close)
+    def close(
+        self, group: int, member: int, num_sampled: int, reward: float = 1.0, segment: int = 0
+    ) -> list[tuple[str, Any]]:
+        fields = {"group": group, "member": member, "segment": segment, "num_sampled": num_sampled}
+        return self.tell(m.CloseTrajectory, status="done", reward=reward, **fields)
 
-    def fail(self, group: int, member: int, reason: str = "reward_error") -> list[tuple[str, Any]]:
-        return self.say("actor-0", m.CloseTrajectory(group=group, member=member, status="failed", reason=reason))
+    def fail(self, group: int, member: int, reason: str = "reward_error", segment: int = 0) -> list[tuple[str, Any]]:
+        fields = {"group": group, "member": member, "segment": segment, "reason": reason}
+        return self.tell(m.CloseTrajectory, status="failed", **fields)
+
+    def interrupt(self, group: int, member: int, num_sampled: int = -1, segment: int = 0) -> list[tuple[str, Any]]:
+        fields = {"group": group, "member": member, "segment": segment, "num_sampled": num_sampled}
+        return self.tell(m.Interrupted, reason="interrupted", **fields)
 
     def grow(self, group: int, lengths: Sequence[int], version: tuple[int, int] = (0, 0)) -> list[tuple[str, Any]]:
         """Open a group and bring all its members to their end."""

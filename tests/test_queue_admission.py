@@ -8,7 +8,7 @@ from queues.admission import Admission, check
 from stream_rl.config import Queue, Rollout
 from stream_rl.errors import ConfigError
 
-GOOD = {"min_tokens": 64, "max_tokens": 128, "first_groups": 4, "over_provision": 2.0}
+GOOD = {"min_tokens": 64, "max_tokens": 128, "first_groups": 4, "over_provision": 2.0, "in_flight": "fixed"}
 
 
 def test_a_usual_recipe_passes():

@@ -50,7 +50,7 @@ def test_a_row_that_cannot_be_is_refused_by_reason_and_its_neighbours_are_taken(
     run = a_run()
     run.open(3, 2)
     before = dict(run.refused)
-    (ack,) = of_type(run.chunks(Row(rid(3, 0), 0, [1]), row, Row(rid(3, 1), 0, [2])), m.ChunksAck)
+    (ack,) = of_type(run.chunks(Row(rid(3, 0), 0, [1]), row, Row(rid(3, 1), 0, [2])), m.Ack)
     assert run.refused == before | {reason: 1}
     assert ack.next_sequence == 2
     assert run.core.ledger.received == 5
@@ -115,7 +115,7 @@ def test_an_overlapping_row_brings_only_what_is_new():
 )
 def test_columns_that_do_not_fit_are_refused_as_a_whole(changes):
     run = a_run()
-    (ack,) = of_type(run.chunks(Row(rid(1, 0), 2, [7]), **changes), m.ChunksAck)
+    (ack,) = of_type(run.chunks(Row(rid(1, 0), 2, [7]), **changes), m.Ack)
     assert run.refused == {"bad_columns": 1}
     assert (run.core.ledger.received, ack.next_sequence) == (3, 2)
 

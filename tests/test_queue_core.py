@@ -5,16 +5,17 @@ from queue_builders import Row, Run, make_core, of_type, rid
 
 from queues.ledger import State
 from stream_rl import messages as m
-from stream_rl.types import Version
 
 
 def test_hello_is_welcomed_and_an_actor_admitted_up_to_the_limit():
     run = Run(make_core(over_provision=2.0, first_groups=3), joined=False)
     assert [type(message) for _, message in run.hello("engine")] == [m.Welcome]
-    welcome, admit = run.hello("actor")
-    assert isinstance(welcome[1], m.Welcome)
-    assert admit[1].groups == 6
-    assert not of_type(run.hello("actor"), m.Admit)
+    welcome, engines, admit = (message for _, message in run.hello("actor"))
+    assert (welcome.admitted, engines.names) == ([], [])
+    assert admit.groups == [0, 1, 2, 3, 4, 5]
+    again = run.hello("actor")
+    assert not of_type(again, m.Admit)
+    assert of_type(again, m.Welcome)[0].admitted == [0, 1, 2, 3, 4, 5]
 
 
 def test_old_incarnations_and_other_runs_are_refused():
@@ -51,14 +52,14 @@ def test_a_lease_carries_whole_groups_with_versions_and_ages():
     run = Run(make_core(min_tokens=5, max_token_age=1, first_groups=4))
     run.request(0)
     for step in range(2):
-        run.grow(10 + step, [3, 2], (0, step))
+        run.grow(step, [3, 2], (0, step))
         run.apply(step)
         run.request(step + 1)
-    run.open(1, 2)
-    run.chunks(Row(rid(1, 0), 0, [5, 6, 7], [(0, 0), (0, 1), (0, 2)], "stop", [-0.1, -0.2, -0.3]))
-    run.chunks(Row(rid(1, 1), 0, [8, 9, 8], [(0, 2)] * 3, "stop"))
-    run.close(1, 0, 3, 0.25)
-    ((to, lease),) = [a for a in run.close(1, 1, 3, 0.75) if isinstance(a[1], m.Lease)]
+    run.open(2, 2)
+    run.chunks(Row(rid(2, 0), 0, [5, 6, 7], [(0, 0), (0, 1), (0, 2)], "stop", [-0.1, -0.2, -0.3]))
+    run.chunks(Row(rid(2, 1), 0, [8, 9, 8], [(0, 2)] * 3, "stop"))
+    run.close(2, 0, 3, 0.25)
+    ((to, lease),) = [a for a in run.close(2, 1, 3, 0.75) if isinstance(a[1], m.Lease)]
     assert to == "learner-0"
     assert lease.step == (0, 2)
     assert lease.lengths.tolist() == [6, 6]
@@ -68,6 +69,7 @@ def test_a_lease_carries_whole_groups_with_versions_and_ages():
     assert lease.trainable.tolist() == [0, 0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 1]
     assert lease.logprobs[3:6].tolist() == pytest.approx([-0.1, -0.2, -0.3])
     assert lease.rewards.tolist() == [0.25, 0.75]
+    assert lease.max_token_ages.tolist() == [1, 1]
     run.apply(2)
     assert run.core.summary()["token_age_max"] == 1
     assert run.core.summary()["masked_share"] == pytest.approx(1 / 16)
@@ -137,21 +139,20 @@ def test_a_failed_member_leaves_and_its_group_goes_on():
 
 def test_a_group_with_one_member_left_is_dropped_and_admission_goes_on():
     run = Run(make_core(first_groups=1, over_provision=1.0))
-    run.open(1, 2)
-    run.chunks(Row(rid(1, 0), 0, [4] * 4, finish="stop"))
-    run.close(1, 0, 4)
-    actions = run.fail(1, 1)
+    run.open(0, 2)
+    run.chunks(Row(rid(0, 0), 0, [4] * 4, finish="stop"))
+    run.close(0, 0, 4)
+    actions = run.fail(0, 1)
     assert run.core.ledger.dropped == {"reward_error": 1, "too_few_members": 1}
-    assert of_type(actions, m.Admit)[0].groups == 1
+    assert of_type(actions, m.Admit)[0].groups == [1]
 
 
-def test_an_abort_is_interrupted_and_counted_unless_somebody_cancelled():
+def test_an_abort_is_counted_unless_somebody_cancelled():
     run = Run()
     run.open(1, 3)
     run.chunks(Row(rid(1, 0), 0, [4], finish="abort"))
-    assert (run.core.ledger.dropped["interrupted"], run.core.tallies.aborted) == (1, 1)
-    run.fail(1, 0, "interrupted")
-    assert run.core.tallies.aborted == 1
+    run.interrupt(1, 0, 1)
+    assert (run.core.ledger.dropped.total(), run.core.tallies.aborted) == (0, 1)
     run.fail(1, 1, "request_timeout")
     run.chunks(Row(rid(1, 1), 0, [4], finish="abort"))
     assert run.core.tallies.aborted == 1
@@ -165,6 +166,14 @@ def test_an_abort_that_overtakes_the_cancelling_close_is_explained_by_it():
     run.fail(1, 0, "request_timeout")
     assert run.core.tallies.aborted == 0
     assert run.core.tallies.cancelled["request_timeout"] == 1
+
+
+def test_an_abort_is_never_the_end_of_an_answer():
+    run = Run()
+    run.open(1, 3)
+    run.chunks(Row(rid(1, 0), 0, [4], finish="abort"))
+    run.close(1, 0, 1)
+    assert (run.core.ledger.dropped["interrupted"], run.core.tallies.aborted) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +205,7 @@ def test_a_trajectory_with_a_hole_is_dropped_when_it_closes_and_does_not_block_i
         run.chunks(Row(rid(1, member), 0, [4] * 4, finish="stop"))
         run.close(1, member, 4)
     run.chunks(Row(rid(1, 0), 0, [4, -4]))
-    (ack,) = of_type(run.chunks(Row(rid(1, 0), 2, [4, 4], finish="stop")), m.ChunksAck)
+    (ack,) = of_type(run.chunks(Row(rid(1, 0), 2, [4, 4], finish="stop")), m.Ack)
     assert not ack.resend
     assert run.core.ledger.trajectories[State.READY] == 0
     run.close(1, 0, 4)
@@ -207,9 +216,9 @@ def test_a_trajectory_with_a_hole_is_dropped_when_it_closes_and_does_not_block_i
 def test_a_gap_in_starts_is_refused_and_asked_for_again_once():
     run = Run()
     run.open(1, 2)
-    (ack,) = of_type(run.chunks(Row(rid(1, 0), 2, [4, 4])), m.ChunksAck)
+    (ack,) = of_type(run.chunks(Row(rid(1, 0), 2, [4, 4])), m.Ack)
     assert (ack.next_sequence, ack.resend) == (1, True)
-    (ack,) = of_type(run.chunks(Row(rid(1, 0), 4, [4])), m.ChunksAck)
+    (ack,) = of_type(run.chunks(Row(rid(1, 0), 4, [4])), m.Ack)
     assert not ack.resend
     run.chunks(Row(rid(1, 0), 0, range(5), finish="stop"))
     run.close(1, 0, 5)
@@ -219,10 +228,10 @@ def test_a_gap_in_starts_is_refused_and_asked_for_again_once():
 def test_a_gap_in_sequences_is_asked_for_again_and_a_repeated_message_changes_nothing():
     run = Run()
     run.open(1, 2)
-    (ack,) = of_type(run.chunks(Row(rid(1), 1, [4]), sequence=1), m.ChunksAck)
+    (ack,) = of_type(run.chunks(Row(rid(1), 1, [4]), sequence=1), m.Ack)
     assert (ack.next_sequence, ack.resend) == (0, True)
     run.chunks(Row(rid(1), 0, [4]), sequence=0)
-    (ack,) = of_type(run.chunks(Row(rid(1), 0, [4]), sequence=0), m.ChunksAck)
+    (ack,) = of_type(run.chunks(Row(rid(1), 0, [4]), sequence=0), m.Ack)
     assert (ack.next_sequence, ack.resend) == (1, False)
     assert run.core.ledger.received == 1
 
@@ -252,36 +261,6 @@ def test_versions_exist_from_the_applied_step_on():
     run.chunks(Row(rid(9), 1, [4], [(0, -1)]))
     assert run.refused["unknown_version"] == 3
     assert run.core.ledger.received == 5
-
-
-def test_a_new_history_forks_and_dead_tokens_count_as_sampled_at_the_fork():
-    run = Run(make_core(min_tokens=4, max_token_age=1, first_groups=9))
-    for step in range(3):
-        run.grow(step, [2, 2], (0, step))
-        run.request(step)
-        run.apply(step)
-    run.commit(1)
-    run.grow(7, [2, 2], (0, 3))
-    (lease,) = of_type(run.request(1, history=1), m.Lease)
-    assert lease.ages.max() == lease.ages.min() == 0
-    assert lease.steps.max() == 3
-    assert run.core.ledger.dropped == {"dead_history": 4}
-    run.apply(1, history=1)
-    run.grow(8, [2, 2], (0, 3))
-    (lease,) = of_type(run.request(2, history=1), m.Lease)
-    assert lease.ages.max() == 1
-    assert run.request(2)[0][1].reason == "wrong_step"
-    assert run.core.ledger.trained == 4
-
-
-def test_a_new_history_takes_an_unapplied_lease_back_to_the_front():
-    run = Run(make_core(min_tokens=4, max_tokens=10, first_groups=9))
-    run.grow(1, [2, 2])
-    run.request(0)
-    run.grow(2, [2, 2])
-    (lease,) = of_type(run.request(0, history=2), m.Lease)
-    assert lease.groups.tolist() == [1, 1]
-    assert lease.step == Version(2, 0)
 
 
 def test_steps_that_are_not_leased_are_refused_and_a_repeated_applied_is_answered():

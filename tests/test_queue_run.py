@@ -14,77 +14,110 @@ from stream_rl.types import Version
 
 def test_admission_follows_the_tokens_of_completed_groups():
     run = Run(make_core(min_tokens=12, first_groups=2, over_provision=2.0))
-    assert run.core.credits["actor-0"] == 4
-    run.grow(1, [1, 1])
+    assert run.core.admitted == {"actor-0": [0, 1, 2, 3]}
+    run.grow(0, [1, 1])
     assert run.core.store.admission.limit == 6, "one short group, the first to finish, is no reason to triple them"
     for _ in range(60):
         run.core.store.admission.completed(2)
-    run.grow(2, [1, 1])
-    assert run.core.store.outstanding + run.core.credits["actor-0"] == run.core.store.admission.limit == 12
+    run.grow(1, [1, 1])
+    assert run.core.store.outstanding + len(run.core.admitted["actor-0"]) == run.core.store.admission.limit == 12
 
 
 def test_a_waiting_lease_is_never_starved_by_the_limit():
     run = Run(make_core(min_tokens=12, first_groups=1, over_provision=1.0))
     run.core.store.admission.tokens_per_group = 12.0
     run.request(0)
-    admitted = 0
     for group in range(3):
+        assert run.core.admitted["actor-0"] == [group]
         assert not of_type(run.grow(group, [1, 1]), m.Lease)
         run.core.store.admission.tokens_per_group = 100.0
-        admitted += run.core.credits["actor-0"]
-    assert admitted == 3
-    assert of_type(run.grow(9, [6, 6]), m.Lease)
+    assert of_type(run.grow(3, [6, 6]), m.Lease)
 
 
-def test_credits_are_shared_between_actors():
+def test_actors_get_different_groups_and_the_one_with_less_to_do_gets_more():
     run = Run(make_core(first_groups=4, over_provision=1.0))
     run.hello("actor", 1)
-    assert run.core.credits == {"actor-0": 4, "actor-1": 0}
+    assert run.core.admitted == {"actor-0": [0, 1, 2, 3], "actor-1": []}
+    run.open(2)
     run.core.store.admission.tokens_per_group = 1.0
     run.request(0)
-    assert run.core.credits == {"actor-0": 4, "actor-1": 4}
+    assert run.core.admitted == {"actor-0": [0, 1, 3], "actor-1": [4, 5, 6, 7]}
+    assert run.open(4)[0][1].reason == "not_admitted"
 
 
-def test_a_restarted_actor_starts_anew_and_its_groups_are_dropped():
-    run = Run(make_core(first_groups=2, over_provision=1.0))
+OPEN = {"group": 2, "task": "t", "members": 2, "prompt_ids": np.array([1], np.int32)}
+CLOSE = {"group": 1, "member": 0, "status": "done"}
+INTERRUPTED = {"group": 1, "member": 0, "segment": 0, "reason": "r"}
+EVALUATED = {"label": "middle", "version": Version(0, 0), "rewards": np.array([1], np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "reason"),
+    [
+        (m.OpenGroup, OPEN | {"group": 1}, "not_admitted"),
+        (m.OpenGroup, OPEN | {"group": -1}, "not_admitted"),
+        (m.OpenGroup, OPEN | {"group": 10**6}, "not_admitted"),
+        (m.OpenGroup, OPEN | {"members": 0}, "bad_members"),
+        (m.OpenGroup, OPEN | {"members": 10**6}, "bad_members"),
+        (m.OpenGroup, OPEN | {"prompt_ids": np.array([], np.int32)}, "bad_prompt"),
+        (m.OpenGroup, OPEN | {"prompt_ids": np.array([-1], np.int32)}, "bad_prompt"),
+        (m.OpenGroup, OPEN | {"task": "t" * 10**6}, "bad_task"),
+        (m.CloseTrajectory, CLOSE | {"group": 9}, "unknown_group"),
+        (m.CloseTrajectory, CLOSE | {"member": 2}, "unknown_member"),
+        (m.CloseTrajectory, CLOSE | {"member": -1}, "unknown_member"),
+        (m.CloseTrajectory, CLOSE | {"status": "maybe"}, "bad_status"),
+        (m.CloseTrajectory, CLOSE | {"member": 1}, "already_closed"),
+        (m.CloseTrajectory, CLOSE | {"segment": 1}, "unknown_segment"),
+        (m.CloseTrajectory, CLOSE | {"segment": -1}, "old_segment"),
+        (m.Interrupted, INTERRUPTED | {"group": 9}, "unknown_group"),
+        (m.Interrupted, INTERRUPTED | {"member": 1}, "already_closed"),
+        (m.Interrupted, INTERRUPTED | {"segment": 7}, "unknown_segment"),
+        (m.Evaluated, EVALUATED, "bad_label"),
+    ],
+)
+def test_what_an_actor_may_not_say_is_refused_by_name_and_yet_acknowledged(kind, fields, reason):
+    run = Run()
     run.open(1, 2)
-    actions = run.hello("actor", incarnation=2)
-    assert run.core.ledger.dropped == {"actor_lost": 2}
-    assert of_type(actions, m.Admit)[0].groups == 2
+    run.close(1, 1, 0)
+    refused, ack = run.tell(kind, **fields)
+    assert (refused[0], refused[1].reason) == ("actor-0", reason)
+    assert ack[1].next_sequence == 3, "it would be sent again for ever"
+    assert run.core.durable
+    assert run.core.ledger.admitted == 2
 
 
 @pytest.mark.parametrize(
     ("event", "reason"),
     [
-        (m.OpenGroup(group=1, task="t", members=2, prompt_ids=np.array([1], np.int32)), "bad_group"),
-        (m.OpenGroup(group=-1, task="t", members=2, prompt_ids=np.array([1], np.int32)), "bad_group"),
-        (m.OpenGroup(group=2, task="t", members=0, prompt_ids=np.array([1], np.int32)), "bad_members"),
-        (m.OpenGroup(group=2, task="t", members=10**6, prompt_ids=np.array([1], np.int32)), "bad_members"),
-        (m.OpenGroup(group=2, task="t", members=2, prompt_ids=np.array([], np.int32)), "bad_prompt"),
-        (m.OpenGroup(group=2, task="t", members=2, prompt_ids=np.array([-1], np.int32)), "bad_prompt"),
-        (m.CloseTrajectory(group=9, member=0, status="done"), "unknown_group"),
-        (m.CloseTrajectory(group=1, member=2, status="done"), "unknown_member"),
-        (m.CloseTrajectory(group=1, member=-1, status="done"), "unknown_member"),
-        (m.CloseTrajectory(group=1, member=0, status="maybe"), "bad_status"),
-        (m.CloseTrajectory(group=1, member=1, status="done"), "already_closed"),
         (m.LeaseRequest(step=Version(0, 0)), "wrong_role"),
-        (m.Evaluated(label="middle", version=Version(0, 0), rewards=np.array([1], np.float32)), "bad_label"),
         (m.Welcome(run="r", next_sequence=0), "unexpected_message"),
     ],
 )
-def test_what_an_actor_may_not_say_is_refused_by_name(event, reason):
+def test_what_is_not_for_an_actor_to_say_is_refused(event, reason):
     run = Run()
-    run.open(1, 2)
-    run.close(1, 1, 0)
     ((to, answer),) = run.say("actor-0", event)
     assert (to, answer.reason) == ("actor-0", reason)
+    assert not run.core.durable
+
+
+def test_what_an_actor_says_again_is_acknowledged_again_and_a_gap_asks_for_what_is_missing():
+    run = Run()
+    run.open(0, 2)
+    fields = {"group": 0, "member": 0, "status": "failed", "reason": "reward_error"}
+    ((_, ack),) = run.say("actor-0", m.CloseTrajectory(sequence=2, **fields))
+    assert (ack.next_sequence, ack.resend) == (1, True)
+    ((_, ack),) = run.say("actor-0", m.OpenGroup(sequence=0, **OPEN | {"group": 1}))
+    assert (ack.next_sequence, ack.resend) == (1, False)
     assert run.core.ledger.admitted == 2
+    assert run.core.ledger.dropped == {}
 
 
-def test_opening_needs_a_credit():
-    run = Run(make_core(first_groups=1, over_provision=1.0))
-    run.open(1)
-    assert run.open(2)[0][1].reason == "no_credit"
+def test_another_actors_group_is_not_an_actors_to_close():
+    run = Run()
+    run.hello("actor", 1)
+    run.open(0, 2)
+    event = m.CloseTrajectory(sequence=0, group=0, member=0, status="done", num_sampled=0)
+    assert run.say("actor-1", event)[0][1].reason == "not_its_actor"
 
 
 def test_a_reward_that_is_no_number_costs_its_trajectory():
@@ -102,19 +135,21 @@ def test_drain_waits_for_every_engine_and_cancels_what_is_in_flight():
     run.apply(0)
     run.open(2, 2)
     run.chunks(Row(rid(2, 0), 0, [4]))
+    run.say("engine-0", stats_of(0))
     final = Version(0, 1)
     actions = run.say("learner-0", m.LearnerDone(final=final, weights_hash="abc"))
     assert [type(message) for _, message in actions] == [m.Done]
-    stats = m.EngineStats(engine="engine-0", incarnation=1, version=Version(0, 0), counters={}, histograms={})
-    assert not run.say("engine-0", stats)
-    stats = m.EngineStats(engine="engine-0", incarnation=1, version=final, counters={}, histograms={})
-    assert [(to, type(message)) for to, message in run.say("engine-0", stats)] == [("actor-0", m.Drain)]
+    assert not run.say("engine-0", stats_of(0))
+    actions = run.say("engine-0", stats_of(1))
+    assert [type(message) for to, message in actions if to == "actor-0"] == [m.Cancel, m.Cancel, m.Drain]
+    assert run.open(3)[0][1].reason == "not_admitted"
+    assert of_type(run.hello("actor"), m.Drain), "it may not have heard"
     assert run.core.ledger.dropped == {"run_end": 2}
     assert run.core.tallies.cancelled == {"run_end": 2}
     run.chunks(Row(rid(2, 0), 1, [4], finish="abort"))
     assert run.core.tallies.aborted == 0
     assert not run.core.finished
-    run.say("actor-0", m.Evaluated(label="last", version=final, rewards=np.array([1, 0], np.float32)))
+    run.tell(m.Evaluated, label="last", version=final, rewards=np.array([1, 0], np.float32))
     verified = {"engine": "engine-0", "weights_hash": "abc", "expected": "abc"}
     run.say("publisher-0", m.EngineVerified(version=Version(0, 0), **verified))
     assert not run.core.finished, "a hash of an earlier version proves nothing about the last"
@@ -135,12 +170,16 @@ def test_shutdown_closes_the_books_and_answers_status():
     assert status.fields["dropped.run_end"] == 4
     assert status.fields["cancelled.run_end"] == 2
     assert status.texts["conserved"] == "true"
-    assert run.open(3)[0][1].reason == "no_credit"
+    assert run.open(3)[0][1].reason == "not_admitted"
     run.chunks(Row(rid(2, 0), 1, [4], finish="abort"))
     assert run.core.tallies.aborted == 0
 
 
-def test_observers_get_a_record_of_every_step_and_status_on_every_tick():
+def stats_of(step: int) -> m.EngineStats:
+    return m.EngineStats(engine="engine-0", incarnation=1, version=Version(0, step), counters={}, histograms={})
+
+
+def test_observers_get_a_record_of_every_step_until_they_are_gone():
     run = Run(make_core(min_tokens=4))
     run.grow(1, [2, 2])
     run.request(0)
@@ -148,10 +187,9 @@ def test_observers_get_a_record_of_every_step_and_status_on_every_tick():
     assert record.step == (0, 0)
     assert record.fields["reward_mean"] == 0.5
     assert record.fields["learner.loss"] == 0.5
-    assert [to for to, _ in run.say("", Tick())] == ["observer-0"]
     run.say("", Gone("observer-0"))
     run.say("", Gone("actor-0"))
-    assert run.say("", Tick()) == []
+    assert "observer-0" not in run.core.registry.peers
     assert "actor-0" in run.core.registry.peers
 
 
@@ -247,8 +285,13 @@ def test_memory_is_bounded_by_forgetting_old_groups():
         run.request(step)
         run.apply(step)
         run.commit(step + 1)
-    assert len(run.core.store.groups) == 3
-    assert len(run.core.store.assembly.by_rid) == 6
+    remembered, kept = [8, 9, 10], 11  # the newest checkpoint may be unreadable
+    assert list(run.core.store.groups) == [*remembered, kept]
+    assert len(run.core.store.assembly.by_rid) == 8
+    for group in remembered:
+        held = run.core.store.groups[group]
+        assert (held.prompt.size, held.problem, held.versions) == (0, b"", {})
+        assert not any(t.ids or t.logprobs or t.spans for t in held.members)
     assert run.core.ledger.trajectories[State.COMMITTED] == 24
 
 
