@@ -2,7 +2,9 @@
 
     python -m actors.learner RECIPE --run-id R --queue ADDRESS --publisher ADDRESS --ready-fd N
 
-The only place where the training engine meets the algorithms: it hands the engine the loss function.
+The only place where the training engine meets the algorithms: it hands the engine the loss function.  A learner that
+was restarted (`--incarnation 2` and up) goes on from its newest checkpoint, in a new history.  One that is done stays
+until it is stopped, to hand its last version to a publisher that is restarted.
 """
 
 import argparse
@@ -12,57 +14,51 @@ import math
 import os
 import pathlib
 import time
+from typing import Any
 
 import numpy as np
 
+from actors.hand_over import HandOver
 from algorithms.advantages import get_advantage
 from algorithms.denominators import TokenKinds, loss_weights
 from algorithms.losses import make_loss
+from engines.megatron import resume
+from engines.megatron.checkpoint import sweep
 from engines.megatron.learner import MegatronLearner
 from engines.weights import fingerprint
 from engines.weights.chain import snapshot_parts
 from stream_rl import config, runtime
-from stream_rl.errors import WireError
-from stream_rl.messages import (
-    Applied,
-    Committed,
-    Done,
-    Hello,
-    LearnerDone,
-    Lease,
-    LeaseRequest,
-    Snapshot,
-    SnapshotTaken,
-    Welcome,
-)
+from stream_rl.errors import WeightsError, WireError
+from stream_rl.messages import Applied, Committed, Done, Hello, LearnerDone, Lease, LeaseRequest
+from stream_rl.metrics import JsonLines
+from stream_rl.session import Session
 from stream_rl.transport import Dealer
 from stream_rl.types import TrainingBatch, Version
 
 log = logging.getLogger(__name__)
 NAME = "learner-0"
-SNAPSHOTS_AHEAD = 1
-"""Versions that may wait for the publisher while the learner trains on.  Each is a full copy of the weights; with
-one waiting and one being sent the learner never waits for a publisher that keeps up."""
 
 
-def training_batch(lease: Lease, algorithm: config.Algorithm, max_token_age: int, temperature: float) -> TrainingBatch:
+def training_batch(lease: Lease, algorithm: config.Algorithm, temperature: float) -> TrainingBatch:
     """A lease with its advantages and loss weights.
 
     Raises WireError if the queue broke its contract: an age beyond the bound on a trainable token, an age that its
-    version does not give, a trainable token that was not sampled.
+    version does not give, a version of a history to come, a trainable token that was not sampled.
     """
     sampled, trainable = lease.sampled.astype(bool), lease.trainable.astype(bool)
     # a token of this history has exactly this age; one of a dead history counts from the fork and can only be older
-    same_history = sampled & (lease.histories == lease.step.history)
-    wrong = same_history & (lease.ages != lease.step.step - lease.steps)
+    by_version = lease.step.step - lease.steps
+    age_is_right = np.where(lease.histories == lease.step.history, lease.ages == by_version, lease.ages >= by_version)
+    wrong = sampled & (~age_is_right | (lease.histories > lease.step.history))
     if wrong.any() or (lease.ages < 0).any() or (trainable & ~sampled).any():
         raise WireError(
             "lease_ages", f"lease of step {lease.step} has tokens whose age does not follow from its version"
         )
-    if max_token_age >= 0 and (lease.ages[trainable] > max_token_age).any():
-        oldest = int(lease.ages[trainable].max())
-        raise WireError("lease_too_old", f"lease of step {lease.step} trains a token of age {oldest} > {max_token_age}")
     of_sequence = np.repeat(np.arange(len(lease.lengths)), lease.lengths)
+    bounds = lease.max_token_ages[of_sequence]
+    if (too_old := trainable & (bounds >= 0) & (lease.ages > bounds)).any():
+        age, bound = int(lease.ages[too_old][0]), int(bounds[too_old][0])
+        raise WireError("lease_too_old", f"lease of step {lease.step} trains a token of age {age} > {bound}")
     advantage_S = get_advantage(algorithm.advantage)(lease.rewards, lease.groups)
     kinds = TokenKinds(lengths=lease.lengths, sampled=sampled, trainable=trainable)
     return TrainingBatch(
@@ -76,103 +72,162 @@ def training_batch(lease: Lease, algorithm: config.Algorithm, max_token_age: int
 
 
 class LearnerLoop:
-    """The two loops of a learner process."""
+    """What the learner does from its first version to the last."""
 
     def __init__(
-        self, recipe: config.Recipe, run: str, queue: Dealer, publisher: Dealer, engine: MegatronLearner
+        self,
+        recipe: config.Recipe,
+        run: str,
+        session: Session,
+        hand_over: HandOver,
+        engine: MegatronLearner,
+        first: Version,
+        saved: bool,
     ) -> None:
-        self._recipe, self._run = recipe, run
-        self._queue, self._publisher, self._engine = queue, publisher, engine
+        """first: what the engine's weights are.  saved: a checkpoint holds them."""
+        self._recipe, self._run, self._first, self._saved = recipe, run, first, saved
+        self._session, self._hand_over, self._engine = session, hand_over, engine
         self._loss = make_loss(recipe.algorithm.loss, recipe.algorithm)
-        self._outgoing: asyncio.Queue[list[Snapshot] | LearnerDone] = asyncio.Queue(SNAPSHOTS_AHEAD)
+        self._log = append_lines(recipe.run_directory / "learner.jsonl")
+        self._settled = 0.0
+        """When the last step ended, or the first lease came: waiting for engines to start is not idleness."""
 
     async def train(self) -> None:
-        """Consumes: leases.  Waits for: the queue to fill one.  Produces: steps, versions, the final checkpoint.
+        """Consumes: leases.  Waits for: the queue to fill one.  Produces: steps, versions, checkpoints.
         Unblocked by: engines and rewards, through the queue."""
-        recipe, timeout = self._recipe, self._recipe.supervise.peer_timeout_s
-        version = Version(0, 0)
-        await self._hand_over(version)
-        waited, busy, settled = 0.0, 0.0, 0.0
+        recipe, version = self._recipe, self._first
+        if version.history:
+            # opens the history, before anyone can hold a version of it; and the former learner may have died between
+            # writing this checkpoint and saying so
+            await self._session.request(Committed(step=version), Done)
+        await self._publish(version)
         patience = recipe.queue.lease_timeout_s + recipe.engine.start_timeout_s  # the first lease waits for engines too
-        for step in range(recipe.run.steps):
-            version = Version(0, step)
-            asked = time.perf_counter()
-            lease = await self._queue.request(LeaseRequest(step=version), Lease, patience)
+        while version.step < recipe.run.steps:
+            await self._step(version, patience)
             patience = recipe.queue.lease_timeout_s
-            leased = time.perf_counter()
-            waited += leased - asked
-            settled = settled or leased  # waiting for engines to start is not idleness
-            batch = training_batch(lease, recipe.algorithm, recipe.queue.max_token_age, recipe.rollout.temperature)
-            metrics = await asyncio.to_thread(self._engine.train_step, batch, self._loss)
-            trained = time.perf_counter()
-            busy += trained - leased
-            metrics |= {
-                "wait_seconds": leased - asked,
-                "busy_seconds": trained - leased,
-                "wall_seconds": trained - settled,
-                "tokens": float(len(lease.token_ids)),
-                "trained_tokens": float(lease.trainable.sum()),
-            }
-            settled = trained
-            outcome = "skipped" if metrics.get("skipped") else "trained"
-            metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
-            # the queue must know that a version exists before an engine can sample with it
-            await self._queue.request(Applied(step=version, outcome=outcome, metrics=metrics), Done, timeout)
-            version = Version(0, step + 1)
-            await self._hand_over(version)
+            version = Version(version.history, version.step + 1)
+            await self._publish(version)
             every = recipe.learner.checkpoint_every
-            if every and (step + 1) % every == 0 and step + 1 < recipe.run.steps:
-                await self._checkpoint(version)
-        await self._checkpoint(version)
-        weights_hash = fingerprint.text(fingerprint.model_sum(self._engine.named_weights()))
-        done = LearnerDone(final=version, weights_hash=weights_hash)
-        await self._outgoing.put(done)
-        await self._queue.request(done, Done, timeout)
-        await self._outgoing.join()
-        log.info("took %d steps; waited %.1f s for leases, computed %.1f s", recipe.run.steps, waited, busy)
+            if every and version.step % every == 0 and version.step < recipe.run.steps:
+                directory = await self._checkpoint(version)
+                await asyncio.to_thread(resume.retire, directory.parent, version.step)
+        if not (self._saved and version == self._first):
+            await self._checkpoint(version)
+        weights_sum = await asyncio.to_thread(fingerprint.model_sum, self._engine.named_weights())
+        done = LearnerDone(final=version, weights_hash=fingerprint.text(weights_sum))
+        await self._hand_over.finish(done)
+        await self._session.request(done, Done)
+        log.info("done at version %s", version)
 
-    async def publish(self) -> None:
-        """Consumes: snapshots.  Waits for: the next one, and the publisher's acknowledgement.  Produces: versions.
-        Unblocked by: `train`, the publisher."""
+    async def listen(self) -> None:
+        """Consumes: what the queue says unasked.  Only a Welcome after its restart can be that, and the session has
+        done what that takes."""
         while True:
-            item = await self._outgoing.get()
-            if isinstance(item, LearnerDone):
-                await self._publisher.send(item)
-            else:
-                for part in item[:-1]:
-                    await self._publisher.send(part)
-                await self._publisher.request(item[-1], SnapshotTaken, self._recipe.supervise.peer_timeout_s)
-            self._outgoing.task_done()
+            log.info("the queue says %r", await self._session.receive())
 
-    async def _hand_over(self, version: Version) -> None:
+    async def _step(self, version: Version, patience: float) -> None:
+        """Lease, step, log, apply."""
+        recipe = self._recipe
+        asked = time.perf_counter()
+        lease = await self._session.request(LeaseRequest(step=version), Lease, patience)
+        leased = time.perf_counter()
+        self._settled = self._settled or leased
+        batch = training_batch(lease, recipe.algorithm, recipe.rollout.temperature)
+        metrics = await asyncio.to_thread(self._engine.train_step, batch, self._loss)
+        trained = time.perf_counter()
+        outcome = "skipped" if metrics.get("skipped") else "trained"
+        self._log.write(log_line(lease, outcome))
+        metrics |= {
+            "wait_seconds": leased - asked,
+            "busy_seconds": trained - leased,
+            "wall_seconds": trained - self._settled,
+            "tokens": float(len(lease.token_ids)),
+            "trained_tokens": float(lease.trainable.sum()),
+        }
+        self._settled = trained
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        # the queue must know that a version exists before an engine can sample with it
+        await self._session.request(Applied(step=version, outcome=outcome, metrics=metrics), Done)
+
+    async def _publish(self, version: Version) -> None:
         """Copy the weights now, send them while the next step runs."""
-        parts = snapshot_parts(self._run, version, self._engine.named_weights(), self._recipe.weights.part_bytes)
-        await self._outgoing.put(parts)
+        part_bytes = self._recipe.weights.part_bytes
+        parts = await asyncio.to_thread(snapshot_parts, self._run, version, self._engine.named_weights(), part_bytes)
+        await self._hand_over.put(parts)
 
-    async def _checkpoint(self, version: Version) -> None:
+    async def _checkpoint(self, version: Version) -> pathlib.Path:
         directory = checkpoint_directory(self._recipe, version)
-        await asyncio.to_thread(self._engine.save, directory)
-        await self._queue.request(Committed(step=version), Done, self._recipe.supervise.peer_timeout_s)
+        await asyncio.to_thread(self._engine.save_checkpoint, directory, version, self._run)
+        await self._session.request(Committed(step=version), Done)
+        return directory
+
+
+def log_line(lease: Lease, outcome: str) -> dict[str, Any]:
+    """A step taken, for learner.jsonl: who was trained on, one group and member for each trajectory."""
+    return {
+        "history": lease.step.history,
+        "step": lease.step.step,
+        "outcome": outcome,
+        "groups": lease.groups.tolist(),
+        "members": lease.members.tolist(),
+        "trained_tokens": int(lease.trainable.sum()) if outcome == "trained" else 0,
+        "wall": time.time(),
+    }
+
+
+def append_lines(path: pathlib.Path) -> JsonLines:
+    """Go on with a log: what a killed learner left of a line stays a line of its own."""
+    with path.open("ab+") as file:
+        if size := file.tell():
+            file.seek(size - 1)
+            if file.read() != b"\n":
+                file.write(b"\n")
+    return JsonLines(path)
 
 
 def checkpoint_directory(recipe: config.Recipe, version: Version) -> pathlib.Path:
     """Where the checkpoint of a version lies: the last step's is `final`."""
-    name = "final" if version.step == recipe.run.steps else f"step-{version.step}"
+    name = "final" if version.step == recipe.run.steps else resume.directory_name(version.step)
     return recipe.run_directory / "checkpoints" / name
 
 
+def recover(engine: MegatronLearner, checkpoints: pathlib.Path, run: str) -> Version | None:
+    """Make `engine` what the newest whole checkpoint holds; its version, None if there is none."""
+    sweep(checkpoints)
+    for directory in resume.newest_first(checkpoints, run):
+        try:
+            version = engine.load_checkpoint(directory)
+        except WeightsError as error:
+            log.error("%s; trying the one before it", error)
+        else:
+            log.info("going on from %s, version %s", directory, version)
+            return version
+    log.warning("no checkpoint to go on from in %s; beginning again", checkpoints)
+    return None
+
+
 async def main(options: argparse.Namespace) -> None:
-    recipe = config.load(options.recipe)
+    recipe, incarnation = config.load(options.recipe), options.incarnation
     engine = await asyncio.to_thread(MegatronLearner, recipe.model.path, recipe.learner, recipe.run.seed)
+    saved = None
+    if incarnation > 1:
+        checkpoints = recipe.run_directory / "checkpoints"
+        saved = await asyncio.to_thread(recover, engine, checkpoints, options.run_id)
     async with (
-        Dealer.connect(options.queue, f"{NAME}@{options.incarnation}") as queue,
-        Dealer.connect(options.publisher, f"{NAME}@{options.incarnation}") as publisher,
+        Dealer.connect(options.queue, f"{NAME}@{incarnation}") as queue,
+        Dealer.connect(options.publisher, f"{NAME}@{incarnation}") as publisher,
     ):
-        hello = Hello(run=options.run_id, role="learner", name=NAME, incarnation=options.incarnation, pid=os.getpid())
-        await queue.request(hello, Welcome, recipe.supervise.peer_timeout_s)
-        loop = LearnerLoop(recipe, options.run_id, queue, publisher, engine)
+        hello = Hello(run=options.run_id, role="learner", name=NAME, incarnation=incarnation, pid=os.getpid())
+        session = Session(queue, hello, recipe.supervise)
+        welcome = await session.start()
+        history = welcome.version.history + 1 if incarnation > 1 else 0
+        first = Version(history, saved.step if saved else 0)
+        hand_over = HandOver(publisher, recipe.supervise)
+        loop = LearnerLoop(recipe, options.run_id, session, hand_over, engine, first, saved is not None)
         runtime.report_ready(options.ready_fd)
-        await runtime.supervise(train=loop.train(), publish=loop.publish())
+        await runtime.supervise(
+            session=session.run(), listen=loop.listen(), train=loop.train(), publish=hand_over.run()
+        )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from stream_rl.errors import ConfigError, WeightsError
 
-_INDEX = "model.safetensors.index.json"
+_INDEX = ".safetensors.index.json"
 _COPIED = (
     "config.json",
     "generation_config.json",
@@ -26,6 +27,9 @@ _COPIED = (
     "chat_template*",
 )
 """What a checkpoint holds beside its weights; none of it changes in training."""
+SHARD_BYTES = 4 << 30
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>writing|replaced)-(?P<pid>\d+)")
+"""What a save puts beside the directory that it writes."""
 
 
 class CheckpointTensors(Mapping[str, Tensor]):
@@ -61,7 +65,7 @@ class CheckpointTensors(Mapping[str, Tensor]):
 
 
 def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
-    index = directory / _INDEX
+    index = directory / f"model{_INDEX}"
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -78,31 +82,86 @@ def save_checkpoint(
     directory: pathlib.Path,
     weights: Iterable[tuple[str, Tensor]],
     source: pathlib.Path,
-    shard_bytes: int = 4 << 30,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write `weights` and the other files of `source` as a Hugging Face directory.
+    """Write `weights` and the other files of `source` as a Hugging Face directory, whole or not at all.
 
-    Written beside `directory` under a hidden name, synced and renamed: whoever finds `directory` finds all of it.  One
-    that is there already is replaced.  shard_bytes: most bytes of one file (a larger tensor has its own).
-    Raises WeightsError if there is nothing to write, OSError if the disk refuses.
+    One that is there already is replaced.  shard_bytes: most bytes of one file (a larger tensor has its own).
+    Raises WeightsError if there is nothing to write or the disk refuses.
     """
-    temporary = directory.with_name(f".{directory.name}.writing-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    with replacing(directory) as new:
+        write_huggingface(new, weights, source, shard_bytes)
+
+
+def write_huggingface(
+    directory: pathlib.Path, weights: Iterable[tuple[str, Tensor]], source: pathlib.Path, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """As `save_checkpoint`, straight into the empty `directory`."""
+    write_tensors(directory, "model", weights, shard_bytes)
+    for pattern in _COPIED:
+        for path in source.glob(pattern):
+            shutil.copy(path, directory)
+
+
+@contextlib.contextmanager
+def replacing(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A new directory to fill, which takes the place of `directory` when the block ends without an error.
+
+    It is written beside `directory` under a hidden name, synced and renamed: whoever finds `directory` finds all of it.
+    What a process leaves that is killed on the way goes with the next `sweep`, or the next save of the same name.
+    Raises WeightsError if the disk refuses.
+    """
+    sweep(directory.parent, directory.name)
+    new = directory.with_name(f".{directory.name}.writing-{os.getpid()}")
     try:
-        _write_shards(temporary, weights, shard_bytes)
-        for pattern in _COPIED:
-            for path in source.glob(pattern):
-                shutil.copy(path, temporary)
-        for path in [*temporary.iterdir(), temporary]:
+        new.mkdir(parents=True)
+        yield new
+        for path in [*new.rglob("*"), new]:
             _sync(path)
-        _replace(temporary, directory)
+        _replace(new, directory)
         _sync(directory.parent)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise WeightsError(f"cannot write {directory}: {error}; make room, or give another place") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
 
 
-def _write_shards(directory: pathlib.Path, weights: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
+def sweep(parent: pathlib.Path, name: str | None = None) -> None:
+    """Clear up after saves in `parent` (to `name`, if given) whose process is no more.
+
+    A directory that had stepped aside for a new one that never came gets its name back.
+    """
+    for path in parent.glob(".*-*"):
+        leftover = _LEFTOVER.fullmatch(path.name)
+        if leftover is None or name not in (None, leftover["name"]) or _in_use(int(leftover["pid"])):
+            continue
+        directory = path.with_name(leftover["name"])
+        if leftover["kind"] == "replaced" and not directory.exists():
+            path.rename(directory)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _in_use(pid: int) -> bool:
+    """Whether the process that saved there may still be at it.  In a container a new process often has the old pid."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def write_tensors(
+    directory: pathlib.Path, stem: str, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write named tensors as STEM.safetensors, or as several files with an index; no more than one file is in memory.
+
+    Raises WeightsError if there are none.
+    """
     shards: list[tuple[pathlib.Path, list[str]]] = []
     pending: dict[str, Tensor] = {}
     pending_bytes = total_bytes = 0
@@ -114,7 +173,7 @@ def _write_shards(directory: pathlib.Path, weights: Iterable[tuple[str, Tensor]]
         shards.append((path, list(pending)))
         pending.clear()
 
-    for name, tensor in weights:
+    for name, tensor in tensors:
         if pending and pending_bytes + tensor.nbytes > shard_bytes:
             write()
             pending_bytes = 0
@@ -123,19 +182,19 @@ def _write_shards(directory: pathlib.Path, weights: Iterable[tuple[str, Tensor]]
         pending_bytes += tensor.nbytes
         total_bytes += tensor.nbytes
     if not pending:
-        raise WeightsError(f"expected weights to save in {directory}, got none")
+        raise WeightsError(f"expected tensors to save in {directory}, got none")
     write()
 
     if len(shards) == 1:
-        shards[0][0].rename(directory / "model.safetensors")
+        shards[0][0].rename(directory / f"{stem}.safetensors")
         return
     weight_map: dict[str, str] = {}
     for number, (path, names) in enumerate(shards, start=1):
-        file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        file_name = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
         path.rename(directory / file_name)
         weight_map |= dict.fromkeys(names, file_name)
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (directory / _INDEX).write_text(json.dumps(index, indent=2))
+    (directory / f"{stem}{_INDEX}").write_text(json.dumps(index, indent=2))
 
 
 def _replace(new: pathlib.Path, directory: pathlib.Path) -> None:

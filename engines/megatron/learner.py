@@ -17,16 +17,23 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engines.megatron import core, model
+from engines.megatron import core, model, resume
 from engines.megatron.attention import PackedSequences, lay_out, rotary_table
-from engines.megatron.checkpoint import CheckpointTensors, save_checkpoint
+from engines.megatron.checkpoint import (
+    CheckpointTensors,
+    replacing,
+    save_checkpoint,
+    write_huggingface,
+    write_tensors,
+)
 from engines.megatron.huggingface import to_huggingface
 from engines.megatron.logprobs import token_statistics
 from engines.megatron.model_shape import read_model_shape
 from engines.megatron.optimizer import build_optimizer
 from engines.megatron.packing import cut, token_indices
+from engines.megatron.training_state import load_training_tensors, optimizer_name, training_tensors
 from stream_rl import config
-from stream_rl.types import Float32Array, Int32Array, Int64Array, TrainingBatch
+from stream_rl.types import Float32Array, Int32Array, Int64Array, TrainingBatch, Version
 
 log = logging.getLogger(__name__)
 
@@ -142,13 +149,42 @@ class MegatronLearner:
 
         Tensors may alias the live parameters: copy what must outlive the next step.
         """
-        gpt = self._model.module.module if self._model.config.bf16 else self._model.module
-        parameters = {name: parameter.detach() for name, parameter in gpt.named_parameters()}
+        parameters = {name: parameter.detach() for name, parameter in self._gpt.named_parameters()}
         return to_huggingface(self.shape, parameters)
 
     def save(self, directory: str | pathlib.Path) -> None:
         """Write a Hugging Face directory, whole or not at all."""
         save_checkpoint(pathlib.Path(directory), self.named_weights(), self.model_dir)
+
+    def save_checkpoint(self, directory: str | pathlib.Path, version: Version, run: str) -> None:
+        """As `save`, with all that `load_checkpoint` needs to go on from here."""
+        with replacing(pathlib.Path(directory)) as new:
+            write_huggingface(new, self.named_weights(), self.model_dir)
+            state = new / resume.STATE
+            state.mkdir()
+            write_tensors(state, resume.STATE, training_tensors(self._gpt, self._optimizer))
+            optimizer = optimizer_name(self._optimizer)
+            resume.seal(new, run, version, self.shape, optimizer, self._scheduler.num_steps)
+
+    def load_checkpoint(self, directory: str | pathlib.Path) -> Version:
+        """Be what the learner was that saved `directory`: its next step is the same to the bit, given the same options.
+
+        Returns the version that it saved.  Raises WeightsError, before anything changes, if the checkpoint is damaged
+        or of another model or optimizer.
+        """
+        directory = pathlib.Path(directory)
+        record = resume.check(directory, self.shape, optimizer_name(self._optimizer))
+        with CheckpointTensors(directory) as weights, CheckpointTensors(directory / resume.STATE) as state:
+            load_training_tensors(self._gpt, self._optimizer, state)
+            model.load_parameters(self._gpt, self.shape, weights)
+        self._scheduler.num_steps = record.schedule_steps
+        self._scheduler.step(increment=0)  # writes the groups' learning rate and weight decay
+        return record.version
+
+    @property
+    def _gpt(self) -> Any:
+        """The model itself, inside megatron-core's wrappers."""
+        return self._model.module.module if self._model.config.bf16 else self._model.module
 
     def _forward_backward(self, batch: TrainingBatch, loss: LossFunction) -> dict[str, float]:
         """Gradients of the batch into the DDP's buffers.  Returns sums (and maxima) over the micro-batches."""

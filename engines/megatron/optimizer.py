@@ -16,7 +16,7 @@ _SCHEDULE_OURS = {
     "optimizer": "the learner makes it",
     "max_lr": "the peak of the schedule is optimizer.lr",
     **dict.fromkeys(
-        ("use_checkpoint_opt_param_scheduler", "override_opt_param_scheduler"), "schedules are not checkpointed"
+        ("use_checkpoint_opt_param_scheduler", "override_opt_param_scheduler"), "checkpoints hold no options"
     ),
 }
 
