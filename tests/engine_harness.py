@@ -20,12 +20,13 @@ import torch
 from engines.weights.chain import snapshot_parts
 from stream_rl import config
 from stream_rl.messages import (
+    Ack,
     Chunks,
-    ChunksAck,
     EngineStats,
     EngineVerified,
     Hello,
     LearnerDone,
+    Refused,
     SnapshotTaken,
     VersionReport,
     Welcome,
@@ -163,8 +164,9 @@ class EngineHarness:
         while True:
             peer, message = await self._router.receive()
             match message:
-                case Hello(role="engine"):
-                    await self._router.send(peer, Welcome(run=RUN, next_sequence=next_sequence))
+                case Hello():
+                    taken = next_sequence if message.role == "engine" else 0
+                    await self._router.send(peer, Welcome(run=RUN, next_sequence=taken))
                 case Chunks():
                     if not self.answer_acks:
                         self.problems["unanswered"] += 1
@@ -174,7 +176,8 @@ class EngineHarness:
                         self._take(message)
                     elif message.sequence > next_sequence:
                         self.problems["gap"] += 1
-                    await self._router.send(peer, ChunksAck(next_sequence=next_sequence))
+                    resend = message.sequence > next_sequence
+                    await self._router.send(peer, Ack(next_sequence=next_sequence, resend=resend))
                 case EngineStats():
                     self.stats = message
                     self.stats_seen += 1
@@ -210,6 +213,10 @@ class EngineHarness:
             assert isinstance(taken, SnapshotTaken)
 
         self.call(send())
+
+    def refuse_engine(self, reason: str) -> None:
+        """Play a queue that knows of a newer incarnation."""
+        self.call(self._router.send(b"engine-0@1", Refused(reason=reason, detail="played by the harness")))
 
     def learner_done(self, version: Version) -> None:
         self.call(self._learner.send(LearnerDone(final=version, weights_hash="")))

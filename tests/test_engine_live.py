@@ -11,6 +11,7 @@ import torch
 from engine_harness import RUN, EngineHarness, Stream, logprob_gap
 
 from engines.megatron.learner import MegatronLearner
+from engines.sglang.client import EngineClient
 from engines.weights.fingerprint import model_sum, text
 from stream_rl.config import Learner
 from stream_rl.types import Version, make_rid
@@ -162,9 +163,46 @@ def test_aborted_requests_say_so_and_are_counted_also_those_that_wait(
     harness.wait(lambda: len(harness.streams[names[0]].token_ids) > 5, "the first tokens")
     for name in names:
         harness.call(harness.post("/abort_request", rid=name))
-    answers.result(60)
-    assert {stream.finish for stream in finished(harness, names)} == {"abort"}
+    results = answers.result(60)
+    for stream, answer in zip(finished(harness, names), results, strict=True):
+        assert stream.finish == answer["meta_info"]["finish_reason"]["type"] == "abort"
+        assert stream.token_ids[: len(answer["output_ids"])] == answer["output_ids"]
     assert harness.fresh_stats().counters["aborts"] == before + len(names)
+
+
+def test_a_trajectory_goes_on_as_a_later_segment_and_an_abort_of_the_old_one_does_not_touch_it(
+    harness: EngineHarness, publishing: Publishing
+) -> None:
+    version, group = publishing.publish(), next(_groups)
+    old, new, eleventh = (make_rid(RUN, group, 0, segment) for segment in (0, 1, 11))
+    first = harness.start_many([harness.generate(old, [4] * 20, 3000, temperature=0)])
+    harness.wait(lambda: len(harness.streams[old].token_ids) > 10, "the first tokens")
+    sofar = list(harness.streams[old].token_ids)
+    rest = harness.start_many([
+        harness.generate(name, [4] * 20 + sofar, 40, temperature=0) for name in (new, eleventh)
+    ])  # fmt: skip
+    harness.call(harness.post("/abort_request", rid=old))
+    first.result(60)
+    answers = rest.result(60)
+    interrupted, *resumed = finished(harness, [old, new, eleventh])
+    assert interrupted.finish == "abort" and interrupted.token_ids[: len(sofar)] == sofar
+    for stream, answer in zip(resumed, answers, strict=True):
+        assert stream.finish == "length" and stream.token_ids == answer["output_ids"]
+        assert stream.versions == [version] * 40 and mismatches(stream) == []
+
+
+def test_a_client_that_goes_away_has_its_request_aborted(harness: EngineHarness, publishing: Publishing) -> None:
+    (name,) = rids(1)
+
+    async def ask() -> None:
+        async with EngineClient("engine-0", harness.http, 60) as client:
+            await client.generate(name, [6] * 20, {"max_new_tokens": 3900, "ignore_eos": True})
+
+    request = harness.start_many([ask()])
+    harness.wait(lambda: len(harness.streams[name].token_ids) >= 10, "the first tokens")
+    request.cancel()
+    (stream,) = finished(harness, [name])
+    assert stream.finish == "abort" and 10 <= len(stream.token_ids) < 3900
 
 
 def test_a_request_that_the_scheduler_refuses_harms_no_other(harness: EngineHarness, publishing: Publishing) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from streaming_builders import Request
 
 from engines.sglang.streaming import FULL_RETRY_SECONDS, ChunkStream, Row, finish_of
 from stream_rl.types import Finish, Version, make_rid
@@ -16,55 +17,6 @@ LIGHT = settings(max_examples=150, deadline=None, suppress_health_check=list(Hea
 RUN = "r"
 TICK = 1 / 64
 """Times are multiples of this, so that sums of them are exact."""
-
-
-@dataclass
-class Reason:
-    kind: str
-
-    def to_json(self) -> dict[str, str]:
-        return {"type": self.kind, "matched": "whatever"}
-
-
-@dataclass
-class Logprobs:
-    output_token_logprobs_val: list[float] = field(default_factory=list)
-
-
-@dataclass
-class Request:
-    """As much of SGLang's request as the stream looks at, and the truth about it."""
-
-    rid: str
-    output_ids: list[int] = field(default_factory=list)
-    logprob: Logprobs = field(default_factory=Logprobs)
-    finished_reason: Reason | None = None
-    finished_len: int | None = None
-    finished_output: bool = False
-    versions: list[Version] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
-    finished_at: float = 0.0
-
-    def finished(self) -> bool:
-        return self.finished_reason is not None
-
-    def sample(self, count: int, version: Version, now: float) -> None:
-        for _ in range(count):
-            token = 1000 * len(self.rid) + len(self.output_ids)
-            self.output_ids.append(token)
-            self.logprob.output_token_logprobs_val.append(-token / 7)
-            self.versions.append(version)
-            self.times.append(now)
-
-    def finish(self, kind: str, now: float, length: int | None = None) -> None:
-        self.finished_reason, self.finished_len, self.finished_at = Reason(kind), length, now
-
-    @property
-    def length(self) -> int:
-        """Tokens that count: of an aborted request those that have a log-prob."""
-        if self.finished_reason is not None and self.finished_reason.kind == "abort":
-            return len(self.logprob.output_token_logprobs_val)
-        return len(self.output_ids) if self.finished_len is None else self.finished_len
 
 
 @dataclass
@@ -408,3 +360,26 @@ def test_sglangs_reasons_in_our_words() -> None:
     for kind in (Finish.STOP, Finish.LENGTH, Finish.ABORT):
         truth.finish(str(kind), 0.0)
         assert finish_of(truth) is kind
+
+
+def test_a_later_segment_of_a_trajectory_is_a_request_of_its_own() -> None:
+    """The queue let it go on: the actor aborts the old request, and the new one starts again at 0."""
+    stream, sink = make_stream()
+    old, new = (Request(make_rid(RUN, 1, 2, segment)) for segment in (0, 11))
+    old.sample(6, Version(0, 0), 0.0)
+    new.sample(5, Version(0, 3), 0.0)
+    step(stream, sink, [old, new], Version(0, 3), 0.0)
+    old.finish("abort", 1.0)
+    stream.abort_waiting(old.rid)
+    new.sample(4, Version(0, 4), 1.0)
+    new.finish("stop", 1.0)
+    step(stream, sink, [new], Version(0, 4), 1.0)
+    assert [(row.start, len(row.token_ids), row.finish) for row in sink.of(new.rid)] == [(0, 5, ""), (5, 4, "stop")]
+    assert [row.finish for row in sink.of(old.rid)] == ["", "abort"]
+
+
+@pytest.mark.parametrize("aborted", [(1, 2, 0), (1, 2, 1), (1, 2, 11), (11, 2, 1), (1, 1, 0)])
+def test_an_abort_by_prefix_hits_one_segment(aborted: tuple[int, int, int]) -> None:
+    """SGLang aborts every request whose id starts with what it was given."""
+    rids = [make_rid(RUN, *key) for key in [(1, 2, 0), (1, 2, 1), (1, 2, 11), (11, 2, 1), (1, 1, 0), (1, 21, 0)]]
+    assert [rid for rid in rids if rid.startswith(make_rid(RUN, *aborted))] == [make_rid(RUN, *aborted)]

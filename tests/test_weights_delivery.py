@@ -3,23 +3,12 @@
 import dataclasses
 
 import pytest
+from delivery_builders import ENGINES, Engine, Ranks, World, play
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from weights_builders import (
-    ENGINES,
-    FIRST,
-    RUN,
-    Engine,
-    Ranks,
-    World,
-    bits_of,
-    hash_of,
-    make_tensors,
-    same_bits,
-)
+from weights_builders import FIRST, RUN, bits_of, hash_of, make_tensors, same_bits
 
 from engines.weights.chain import Chain
-from engines.weights.delivery import Delivery
 from stream_rl.errors import WeightsError
 from stream_rl.messages import (
     CommitOrder,
@@ -28,6 +17,7 @@ from stream_rl.messages import (
     HashOrder,
     HashReport,
     Live,
+    Refused,
     Staged,
     UpdatePart,
     VersionReport,
@@ -35,36 +25,6 @@ from stream_rl.messages import (
 from stream_rl.types import Version
 
 LIGHT = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-ACTIONS = ["advance", "engine", "engine", "engine", "publisher", "publisher", "publisher"]
-
-
-def play(world: World, data: st.DataObject, extra: list[str]) -> None:
-    """A random run of everything that can happen, then a fair end."""
-    for action in data.draw(st.lists(st.sampled_from([*ACTIONS, *extra]), max_size=80)):
-        i = data.draw(st.integers(0, ENGINES - 1))
-        world.now += 1.0
-        match action:
-            case "advance":
-                world.advance(data.draw(st.sampled_from([0.0, 0.02, 0.3, 1.0])))
-            case "engine":
-                for _ in range(data.draw(st.sampled_from([1, 1, 3, 20]))):
-                    world.engines[i].step()
-            case "publisher":
-                world.publisher_step(i)
-            case "restart":
-                world.restart(i)
-            case "stale" if world.stale:
-                world.hear(*world.stale.popleft())
-            case "corrupt":
-                world.corrupt(i)
-            case "flip":
-                world.flip(i)
-            case "repeat" if world.engines[i].outbox and not isinstance(world.engines[i].outbox[-1], EngineHello):
-                world.engines[i].outbox.append(world.engines[i].outbox[-1])
-    world.settle()
-    while world.stale:
-        world.hear(*world.stale.popleft())
-    world.settle()
 
 
 @LIGHT
@@ -124,7 +84,8 @@ def test_a_version_costs_one_delta_one_order_and_one_report() -> None:
     assert (report.version, report.anchor, report.hash_matches) == (Version(0, 1), False, True)
     assert (report.update_bytes, report.changed) == (update.bytes, update.changed)
     assert (report.full_bytes, report.elements) == (world.chain.full_bytes, world.chain.elements)
-    assert (report.commit_seconds, report.stage_seconds, report.stall_seconds) == (5.0, 0.5, 0.25)
+    stage_seconds = world.engines[0].live.stage_seconds
+    assert (report.commit_seconds, report.stage_seconds, report.stall_seconds) == (5.0, stage_seconds, 0.25)
 
 
 def test_a_slow_engine_delays_nobody_and_catches_up_by_deltas_or_one_anchor() -> None:
@@ -175,11 +136,11 @@ def test_an_engine_that_cannot_be_reached_is_forgotten_until_it_says_hello_again
     world.delivery.unreachable(b"somebody")
     world.delivery.unreachable(world.engines[0].peer)
     world.advance()
-    world.settle()
-    assert world.engines[1].live.version == world.newest and not world.engines[0].received
-    world.engines[0].outbox.append(world.engines[0].hello())
-    world.settle()
+    world.settle([1])
+    assert world.engines[1].live.version == world.newest and not world.engines[0].inbox
+    world.settle()  # its next sign of life brings the question who it is
     world.assert_all_newest()
+    assert world.engines[0].count(Refused) == 1
 
 
 def test_an_engine_of_another_run_or_one_that_never_said_hello_is_refused() -> None:
@@ -195,7 +156,7 @@ def test_an_engine_of_another_run_or_one_that_never_said_hello_is_refused() -> N
 
 
 @pytest.mark.parametrize("hello_first", [True, False])
-@pytest.mark.parametrize("version", [FIRST, Version(0, 9), Version(4, 0)])
+@pytest.mark.parametrize("version", [FIRST, Version(0, 9)])
 def test_an_engine_that_does_not_hold_what_it_says_gets_an_anchor(hello_first: bool, version: Version) -> None:
     world = World()
     world.engines[1].outbox.clear()
@@ -205,7 +166,7 @@ def test_an_engine_that_does_not_hold_what_it_says_gets_an_anchor(hello_first: b
     hello = engine.hello()
     if hello_first:
         world.chain = Chain(RUN, 40, 3)
-        world.delivery = Delivery(RUN, world.chain, 0, lambda: 0.0)
+        world.delivery = world.new_delivery()
         assert world.delivery.handle(engine.peer, hello) == []
         world.chain.advance(FIRST, bits_of(world.line[0]))
         world.route(world.delivery.advance(), None, "")
@@ -370,7 +331,7 @@ def test_a_hello_that_comes_again_in_the_middle_of_an_update_does_not_shut_an_en
                 world.publisher_step(0)
         if meanwhile:
             world.advance()
-        engine.outbox.append(engine.hello())
+        engine.greet()
         world.settle()
         world.advance()
         world.settle()

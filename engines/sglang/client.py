@@ -1,6 +1,9 @@
 """SGLang's HTTP API, as far as a rollout needs it: token ids in, token ids out.  Imports neither torch nor sglang."""
 
-from collections.abc import Mapping, Sequence
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -27,6 +30,10 @@ def check_sampling(sampling: Mapping[str, Any]) -> None:
         )
 
 
+class EngineUnreachable(EngineError):
+    """The engine is not there, or went away before it had answered; another one, or its restart, may do better."""
+
+
 @dataclass(frozen=True, slots=True)
 class Generation:
     """The answer to one request."""
@@ -42,7 +49,9 @@ class EngineClient:
         self.name, self.address = name, address
         self.in_flight = 0
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),  # the queue's admission bounds what is in flight
+            # no limit: the queue's admission bounds what is in flight.  Idle connections are closed before SGLang
+            # closes them, after 5 s: one that it is just closing looks like an engine that is gone.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0),
             timeout=aiohttp.ClientTimeout(total=timeout_seconds),
         )
 
@@ -55,26 +64,55 @@ class EngineClient:
         await self._session.close()
 
     async def generate(self, rid: str, input_ids: Sequence[int], sampling: Mapping[str, Any]) -> Generation:
-        """Sample one completion.  Raises EngineError if the engine refuses or cannot be reached, TimeoutError when
-        the time is up."""
+        """Sample one completion.
+
+        Cancelling this closes the connection, and SGLang then ends the request by itself, within seconds.  Raises
+        EngineUnreachable if the engine is not there (any more), EngineError if it refuses the request, TimeoutError
+        when the time is up.
+        """
         body = {"rid": rid, "input_ids": list(input_ids), "sampling_params": dict(sampling), "return_logprob": True}
         self.in_flight += 1
         try:
-            async with self._session.post(f"{self.address}/generate", json=body) as response:
-                if response.status != 200:
-                    raise EngineError(f"{self.name} answered {response.status}: {(await response.text())[:500]}")
-                answer = await response.json()
-        except aiohttp.ClientError as error:
-            raise EngineError(f"{self.name} at {self.address} cannot be reached: {error}") from error
+            async with self._post("/generate", body) as response:
+                text = await response.text()
         finally:
             self.in_flight -= 1
-        reason = answer["meta_info"]["finish_reason"]["type"]
-        return Generation(answer["output_ids"], Finish(reason))
+        try:
+            answer = json.loads(text)
+            return Generation(answer["output_ids"], Finish(answer["meta_info"]["finish_reason"]["type"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise EngineError(f"{self.name} answered with no generation ({error!r}): {text[:500]}") from error
 
     async def abort(self, rid: str) -> None:
-        """Ask the engine to end a request.  `rid` must end in its delimiter: SGLang matches by prefix."""
+        """Ask the engine to end a request; its `generate` then returns what was sampled, with Finish.ABORT.
+
+        `rid` must end in its delimiter: SGLang matches by prefix.  Raises as `generate` does.
+        """
+        async with self._post("/abort_request", {"rid": rid}) as response:
+            await response.read()
+
+    async def answers(self, timeout: float) -> bool:
+        """Whether its HTTP server is up: an engine is known to the queue before that, and for a while after its end."""
+        if self._session.closed:
+            return False
         try:
-            async with self._session.post(f"{self.address}/abort_request", json={"rid": rid}) as response:
-                await response.read()
+            async with asyncio.timeout(timeout), self._session.get(f"{self.address}/model_info") as response:
+                return response.status < 500
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+    @asynccontextmanager
+    async def _post(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The engine's answer, if it is one of success."""
+        try:
+            async with self._session.post(self.address + path, json=body) as response:
+                if response.status >= 500:  # SGLang says so while it ends, or of a scheduler that is gone
+                    raise EngineUnreachable(await self._answered(response))
+                if response.status != 200:
+                    raise EngineError(await self._answered(response))
+                yield response
         except aiohttp.ClientError as error:
-            raise EngineError(f"{self.name} at {self.address} cannot be reached: {error}") from error
+            raise EngineUnreachable(f"{self.name} at {self.address} cannot be reached: {error!r}") from error
+
+    async def _answered(self, response: aiohttp.ClientResponse) -> str:
+        return f"{self.name} answered {response.status}: {(await response.text())[:500]}"

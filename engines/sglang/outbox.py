@@ -1,5 +1,8 @@
 """Chunk messages until the queue has them: numbered without gaps, kept until acknowledged, sent again if they were not.
 
+The queue takes a message only when it has all before it and asks for the rest otherwise, so an answer to any message
+tells the whole state: when none comes, one message is sent again and not everything.
+
 Owned by the plugin's thread.  Rows come in from the scheduler's thread through a deque.
 """
 
@@ -8,6 +11,7 @@ from collections import deque
 import numpy as np
 
 from engines.sglang.streaming import Row
+from stream_rl.errors import EngineError
 from stream_rl.messages import Chunks
 
 BYTES_PER_TOKEN = 8
@@ -25,6 +29,8 @@ class Outbox:
         self._next_sequence = 0
         self._next_to_send = 0
         self._last_progress = 0.0
+        self._sent_again = (-1, 0.0)
+        """From which message everything was sent again because the queue asked for it, and when."""
         self.bytes = 0
         """Size of everything kept, about."""
 
@@ -49,18 +55,46 @@ class Outbox:
         self._next_to_send += 1
 
     def acknowledge(self, next_sequence: int, resend: bool, now: float) -> None:
-        """Everything below `next_sequence` is in the queue; with `resend`, the rest is to be sent again."""
-        while self._kept and self._first < next_sequence:
+        """Everything below `next_sequence` is in the queue's journal; with `resend`, the rest is to be sent again.
+
+        Raises EngineError if the queue has messages that were never made here.
+        """
+        if next_sequence > self._next_sequence:
+            raise EngineError(
+                f"the queue has {next_sequence} chunk messages of {self._engine}@{self._incarnation}, this process has "
+                f"made {self._next_sequence}: another one has used this incarnation; start it with a higher one"
+            )
+        while self._first < next_sequence:
             self.bytes -= self._kept.popleft()[1]
             self._last_progress = now
         self._next_to_send = max(self._next_to_send, self._first)
-        if resend:
-            self._next_to_send = self._first
+        if resend and self._may_send_again(now):
+            self._next_to_send, self._sent_again = self._first, (self._first, now)
+
+    def welcome(self, next_sequence: int, now: float) -> None:
+        """The queue, restarted or not, goes on from `next_sequence`: send from there.
+
+        Raises EngineError if it has less than it had acknowledged, or more than was made here.
+        """
+        if next_sequence < self._first:
+            raise EngineError(
+                f"the queue had acknowledged {self._first} chunk messages of {self._engine}@{self._incarnation} and "
+                f"now has {next_sequence}: its journal was lost or replaced; start the run again"
+            )
+        self._sent_again = (-1, 0.0)
+        self.acknowledge(next_sequence, True, now)
+        self._last_progress = now
 
     def resend_overdue(self, now: float) -> None:
-        """Send everything again if nothing was acknowledged for too long."""
-        if self._kept and now - self._last_progress > self._resend_seconds:
-            self._next_to_send, self._last_progress = self._first, now
+        """Send the newest message again if nothing was acknowledged for too long: if the queue misses any before it,
+        it asks for all of them."""
+        if self._next_to_send > self._first and now - self._last_progress > self._resend_seconds:
+            self._next_to_send, self._last_progress = self._next_to_send - 1, now
+
+    def _may_send_again(self, now: float) -> bool:
+        """Each message after a lost one asks for it again; one answer to all of them, or n messages would make n^2."""
+        first, when = self._sent_again
+        return first != self._first or now - when > self._resend_seconds
 
     @property
     def _first(self) -> int:

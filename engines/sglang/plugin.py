@@ -46,6 +46,8 @@ class PluginSettings:
     chunk_seconds: float
     buffer_bytes: int
     resend_seconds: float
+    launcher_pid: int
+    """The process to end, if the run goes on without this engine."""
 
     def export(self) -> None:
         os.environ[ENVIRONMENT] = json.dumps(asdict(self))

@@ -86,8 +86,12 @@ def _serve(recipe: config.Recipe, options: argparse.Namespace) -> None:
         chunk_seconds=recipe.engine.chunk_seconds,
         buffer_bytes=recipe.engine.buffer_bytes,
         resend_seconds=recipe.engine.resend_seconds,
+        launcher_pid=os.getpid(),
     ).export()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    for diagnostics in ("PYSPY_DUMP", "CUDA_COREDUMP"):
+        # when one of its processes died SGLang would take seconds to a minute for these before it ends
+        os.environ.setdefault(f"SGLANG_{diagnostics}_BEFORE_CRASH", "0")
     if recipe.sglang.get("device") == "cpu":
         os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads than free cores spin against each other

@@ -11,6 +11,7 @@ import time
 import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 
@@ -31,7 +32,9 @@ class LiveWeights:
         self.version = version
         """Read by the scheduler's thread at every launch; flipped there by `commit`."""
         self._sums = {name: load_map.live_sum(name) for name in load_map.shapes}
-        self._parts: dict[int, UpdatePart] = {}
+        self._under_way: tuple[object, ...] = ()
+        """What the parts that are here have in common."""
+        self._parts: dict[int, _Part] = {}
         self._started = 0.0
         self._staged: _Staged | None = None
         self._previous: _Staged | None = None
@@ -54,6 +57,11 @@ class LiveWeights:
         """Target of the update that waits for its commit."""
         return self._staged.target if self._staged else None
 
+    def forget_staged(self) -> None:
+        """Who sent what is here is gone.  Not between the order of a commit and the commit: it is in use there."""
+        self._parts.clear()
+        self._staged, self._under_way = None, ()
+
     def receive(self, part: UpdatePart) -> Version | None:
         """Take one part; the target once the whole update is staged, None before.
 
@@ -71,6 +79,10 @@ class LiveWeights:
             raise WeightsError(f"part {part.part} of {part.parts} of version {part.target} is malformed")
         if part.run != self._run:
             raise WeightsError(f"this engine belongs to run {self._run!r}, the update to run {part.run!r}")
+        if part.target.history < self.version.history:
+            raise WeightsError(
+                f"version {part.target} is of a line of training that has ended, this engine holds {self.version}"
+            )
         if self._staged is not None and part.attempt == self._staged.attempt:
             return None  # sent again; it is staged already and the publisher was told
         self._staged = None  # the publisher gave that one up, or it would have waited
@@ -80,40 +92,40 @@ class LiveWeights:
             raise WeightsError(
                 f"the update to {part.target} needs version {part.base}, this engine holds {self.version}"
             )
-        known = next(iter(self._parts.values()), None)
-        if known is None or _same(known) != _same(part):
+        if _same(part) != self._under_way:
             self._parts.clear()
-            self._started = time.perf_counter()
-        self._parts[part.part] = part
+            self._under_way, self._started = _same(part), time.perf_counter()
+        if part.part not in self._parts:
+            self._parts[part.part] = self._decoded(part)
         if len(self._parts) < part.parts:
             return None
-        self._staged = self._stage([self._parts[i] for i in range(part.parts)])
+        self._staged = self._whole(part)
         self._parts.clear()
         return part.target
 
-    def _stage(self, parts: list[UpdatePart]) -> "_Staged":
-        self._wait_for_writes()
+    def _whole(self, last: UpdatePart) -> "_Staged":
+        """Every part is here, each decoded when it came, so that the thread had time for other things in between."""
         sums, writes = dict(self._sums), []
-        for part in parts:
-            for update in self._decoded(part):
-                sums[update.name] = self._new_sum(update, sums[update.name])
-                writes += self._map.writes(update)
+        for number in range(last.parts):
+            writes += self._parts[number].writes
+            sums |= self._parts[number].sums
         total = sum(sums.values()) % (1 << 64)
-        if fingerprint.text(total) != parts[0].target_hash:
+        if fingerprint.text(total) != last.target_hash:
             raise WeightsError(
-                f"version {parts[0].target} would have fingerprint {fingerprint.text(total)} here, "
-                f"the publisher states {parts[0].target_hash}"
+                f"version {last.target} would have fingerprint {fingerprint.text(total)} here, "
+                f"the publisher states {last.target_hash}"
             )
         if self._written is not None or any(write.target.is_cuda for write in writes):
             torch.cuda.current_stream().synchronize()  # staged means on the device, whatever stream reads it next
-        return _Staged(parts[0].target, parts[0].attempt, writes, sums, time.perf_counter() - self._started)
+        return _Staged(last.target, last.attempt, writes, sums, time.perf_counter() - self._started)
 
     def _wait_for_writes(self) -> None:
         if self._written is not None:
             torch.cuda.current_stream().wait_event(self._written)
 
-    def _decoded(self, part: UpdatePart) -> list[TensorUpdate]:
-        updates, offset = [], 0
+    def _decoded(self, part: UpdatePart) -> "_Part":
+        self._wait_for_writes()
+        decoded, offset = _Part([], {}), 0
         for name, code, sizes, dtype in zip(part.names, part.codes, part.sizes, part.dtypes, strict=True):
             shape = self._map.shapes.get(name)
             if shape is None or str(shape.dtype) != f"torch.{dtype}":
@@ -122,8 +134,10 @@ class LiveWeights:
             for size in sizes:
                 buffers.append(part.payload[offset : offset + size])
                 offset += size
-            updates.append(decode(name, shape.dtype, shape.elements, code, buffers))
-        return updates
+            update = decode(name, shape.dtype, shape.elements, code, buffers)
+            decoded.sums[name] = self._new_sum(update, self._sums[name])
+            decoded.writes.extend(self._map.writes(update))
+        return decoded
 
     def _new_sum(self, update: TensorUpdate, old: int) -> int:
         if update.indices is None:
@@ -170,6 +184,14 @@ class LiveWeights:
 def _same(part: UpdatePart) -> tuple[object, ...]:
     """What the parts of one update have in common."""
     return part.attempt, part.target, part.anchor, part.parts
+
+
+class _Part(NamedTuple):
+    """One part of an update, decoded."""
+
+    writes: list[Write]
+    sums: dict[str, int]
+    """What the fingerprints of its tensors will be."""
 
 
 class _Staged:

@@ -110,16 +110,17 @@ class Chain:
     def elements(self) -> int:
         return sum(bits.numel() for _, bits in self._bits.values())
 
+    def has(self, version: Version) -> bool:
+        """True if this chain is at `version`, or further on in the same history."""
+        return self.version is not None and version.history == self.version.history and version <= self.version
+
     def advance(self, version: Version, tensors: Mapping[str, tuple[torch.dtype, torch.Tensor]]) -> None:
-        """`version` is the newest from here on.  Raises WeightsError if it is not newer or has other tensors."""
+        """`version` is the newest from here on.  Raises WeightsError, as `check` does."""
+        self.check(version, tensors)
         base = self.version
         if base is None:
             self._bits = dict(tensors)
             self._sums = {name: fingerprint.tensor_sum(name, bits) for name, (_, bits) in tensors.items()}
-        else:
-            if version <= base:
-                raise WeightsError(f"version {version} came after {base}; versions only grow")
-            self._check(version, tensors)
         start = time.perf_counter()
         changes = self._take(tensors) if base is not None else []
         self.version, self._anchor = version, None
@@ -135,8 +136,13 @@ class Chain:
         while len(self._updates) > self._keep:
             self._updates.popitem(last=False)
 
-    def _check(self, version: Version, tensors: Mapping[str, tuple[torch.dtype, torch.Tensor]]) -> None:
-        """All of it before any of it is taken: a refused version changes nothing."""
+    def check(self, version: Version, tensors: Mapping[str, tuple[torch.dtype, torch.Tensor]]) -> None:
+        """Raises WeightsError if `version` is not newer or has other tensors.  All of it before any of it is taken: a
+        refused version changes nothing."""
+        if self.version is None:
+            return
+        if version <= self.version:
+            raise WeightsError(f"version {version} came after {self.version}; versions only grow")
         if set(tensors) != set(self._bits):
             raise WeightsError(f"version {version} has other tensors than {self.version}")
         for name, (dtype, bits) in tensors.items():

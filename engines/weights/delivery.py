@@ -2,10 +2,12 @@
 
 For each engine: parts to every rank, `Staged` from every rank, one `CommitOrder` to rank 0, `Live` from every rank,
 then the next.  One update is under way to an engine at a time, so an engine's memory is bounded by one update and a
-slow engine delays nobody else.  Pure: messages in, (rank's identity, message) out.
+slow engine delays nobody else.  Who is not known, because this publisher or the engine was restarted, is told so and
+says hello; who is silent for too long is forgotten.  Pure: messages in, (rank's identity, message) out.
 """
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +16,7 @@ from typing import Any
 from engines.weights.chain import Chain, Update
 from stream_rl.errors import WeightsError
 from stream_rl.messages import (
+    Alive,
     CommitOrder,
     EngineHello,
     EngineVerified,
@@ -42,6 +45,8 @@ class _Engine:
     """The version that it last said was live."""
     peers: dict[int, bytes] = field(default_factory=dict)
     """Identity of each rank that has said hello."""
+    seen: dict[int, float] = field(default_factory=dict)
+    """When each rank last said anything."""
     claims: dict[int, str] = field(default_factory=dict)
     """Fingerprint that each rank's hello stated for `held`; emptied once it was compared."""
     update: Update | None = None
@@ -53,7 +58,7 @@ class _Engine:
     """A full recomputation is due when no update is under way."""
     verifying: bool = False
     attempt: int = 0
-    """Counts the updates sent; answers name the one they mean."""
+    """Number of the update sent last; answers name the one they mean."""
     failures: int = 0
     """Updates in a row that did not become live as published."""
 
@@ -61,29 +66,54 @@ class _Engine:
 class Delivery:
     """All engines of a run."""
 
-    def __init__(self, run: str, chain: Chain, verify_every: int, clock: Callable[[], float]) -> None:
-        self._run, self._chain, self._verify_every, self._clock = run, chain, verify_every, clock
+    def __init__(
+        self,
+        run: str,
+        incarnation: int,
+        chain: Chain,
+        verify_every: int,
+        silence_seconds: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._run, self._chain, self._verify_every = run, chain, verify_every
+        self._silence_seconds, self._clock = silence_seconds, clock
+        self._attempts = itertools.count((incarnation << 32) + 1)
+        """Of no two updates alike, whichever publisher sent them."""
         self._engines: dict[str, _Engine] = {}
-        self.final: Version | None = None
+        self._final: Version | None = None
         """Once set: verify every engine in full when it is there."""
+        self.final_reports: dict[str, EngineVerified] = {}
+        """What was found of each engine at the final version, to be said again to a queue that was restarted."""
         self.reports: list[VersionReport | EngineVerified] = []
         """For the queue; the shell sends and clears them."""
 
     def advance(self) -> Outgoing:
-        """The chain has a new version (or the final one is known)."""
+        """The chain has a new version."""
+        self._forget_silent()
         return [out for engine in self._engines.values() for out in self._next(engine)]
 
+    def finish(self, final: Version) -> Outgoing:
+        """No version comes after `final`; may be said any number of times."""
+        if final == self._final:
+            return []
+        self._final = final
+        self.final_reports.clear()
+        return self.advance()
+
     def unreachable(self, peer: bytes) -> None:
-        """A message to this rank could not be sent.  Its engine is forgotten until it says hello again."""
+        """A message to this rank could not be sent.  Its engine is forgotten until it says hello again, which it is
+        asked to as soon as it says anything."""
         self._engines = {name: e for name, e in self._engines.items() if peer not in e.peers.values()}
 
-    def handle(self, peer: bytes, message: EngineHello | Staged | Live | HashReport) -> Outgoing:
+    def handle(self, peer: bytes, message: EngineHello | Alive | Staged | Live | HashReport) -> Outgoing:
         """A message of an engine's rank.  Raises WeightsError if an engine cannot be brought up to date at all."""
+        self._forget_silent()
         if isinstance(message, EngineHello):
             return self._hello(peer, message)
-        engine = self._engines.get(message.engine)
-        if engine is None or engine.incarnation != message.incarnation:
-            return [(peer, Refused(reason="unknown_engine", detail=f"{message.engine} did not say hello"))]
+        engine, rank = self._sender(peer, message)
+        if engine is None:
+            return [(peer, Refused(reason="unknown_engine", detail="say EngineHello (again)"))]
+        engine.seen[rank] = self._clock()
         match message:
             case Staged():
                 return self._staged(engine, message)
@@ -91,6 +121,24 @@ class Delivery:
                 return self._live(engine, message)
             case HashReport():
                 return self._hashed(engine, message)
+            case Alive():
+                return []
+
+    def _sender(self, peer: bytes, message: Alive | Staged | Live | HashReport) -> tuple[_Engine | None, int]:
+        """The engine that said hello from there, and which rank of it this is."""
+        for engine in self._engines.values():
+            for rank, known in engine.peers.items():
+                if known == peer and (isinstance(message, Alive) or message.incarnation == engine.incarnation):
+                    return engine, rank
+        return None, 0
+
+    def _forget_silent(self) -> None:
+        """An engine that is gone must not be waited for; one that was only stopped says hello again."""
+        latest = self._clock() - self._silence_seconds
+        for engine in list(self._engines.values()):
+            if min(engine.seen.values()) < latest:
+                log.warning("%s was silent for %.0f s and is forgotten", engine.name, self._silence_seconds)
+                del self._engines[engine.name]
 
     def _hello(self, peer: bytes, hello: EngineHello) -> Outgoing:
         if hello.run != self._run:
@@ -103,7 +151,7 @@ class Delivery:
             return [(peer, Refused(reason="fenced", detail=f"{hello.engine} has restarted since"))]
         if engine is None or hello.incarnation > engine.incarnation:
             engine = self._engines[hello.engine] = _Engine(hello.engine, hello.incarnation, hello.ranks, hello.version)
-        engine.peers[hello.rank] = peer
+        engine.peers[hello.rank], engine.seen[hello.rank] = peer, self._clock()
         engine.update, engine.verifying = None, False
         engine.held = hello.version
         engine.claims[hello.rank] = hello.weights_hash
@@ -112,24 +160,25 @@ class Delivery:
     def _next(self, engine: _Engine) -> Outgoing:
         if engine.update is not None or engine.verifying or len(engine.peers) < engine.ranks:
             return []
-        if self._chain.version is None:
-            return []
+        if self._chain.version is None or self._chain.version.history < engine.held.history:
+            return []  # nothing leads back to a line of training that has ended: it waits for the new one's versions
         if engine.claims:
-            claimed = _total(list(engine.claims.values()))
+            claimed, expected = _total(list(engine.claims.values())), self._chain.hashes.get(engine.held)
             engine.claims.clear()
-            if claimed != self._chain.hashes.get(engine.held):
-                log.warning("%s does not hold version %s bit for bit; it gets an anchor", engine.name, engine.held)
+            if claimed != expected:
+                why = "is from before this publisher's time" if expected is None else "should have other bits"
+                log.warning("%s holds version %s, which %s; it gets an anchor", engine.name, engine.held, why)
                 return self._send(engine, self._chain.anchor())
         update = self._chain.update_from(engine.held)
         if update is not None:
             return self._send(engine, update)
-        if engine.verify or engine.held == self.final:
+        if engine.verify or engine.held == self._final:
             return self._verify(engine)
         return []
 
     def _send(self, engine: _Engine, update: Update) -> Outgoing:
         engine.update, engine.sent_at = update, self._clock()
-        engine.attempt += 1
+        engine.attempt = next(self._attempts)
         engine.staged.clear()
         engine.live.clear()
         parts = [dataclasses.replace(part, attempt=engine.attempt) for part in update.parts]
@@ -144,7 +193,7 @@ class Delivery:
         engine.staged.add(staged.rank)
         if len(engine.staged) < engine.ranks:
             return []
-        return [(engine.peers[0], CommitOrder(target=staged.target))]
+        return [(engine.peers[0], CommitOrder(target=engine.update.target))]
 
     def _heal(self, engine: _Engine, problem: str) -> Outgoing:
         """An anchor needs no base and writes every element.  Raises WeightsError if that keeps failing too."""
@@ -210,15 +259,16 @@ class Delivery:
         engine.verifying = False
         total = _total([each.weights_hash for each in engine.hashes.values()])
         expected = self._chain.hashes[report.version]
-        self.reports.append(
-            EngineVerified(engine=engine.name, version=report.version, weights_hash=total, expected=expected)
-        )
+        verified = EngineVerified(engine=engine.name, version=report.version, weights_hash=total, expected=expected)
+        self.reports.append(verified)
+        if report.version == self._final:
+            self.final_reports[engine.name] = verified
         if total != expected:
             log.error(
                 "%s: live weights of version %s are %s, expected %s", engine.name, report.version, total, expected
             )
             return self._heal(engine, f"its live weights are {total}")
-        if self.final == engine.held:
+        if self._final == engine.held:
             return []
         return self._next(engine)
 
