@@ -1,0 +1,92 @@
+"""The engines that take requests, as the queue says, with a connection pool to each."""
+
+import asyncio
+import contextlib
+from types import TracebackType
+from typing import Self
+
+from engines.sglang.client import EngineClient
+from stream_rl.errors import EngineError
+from stream_rl.messages import Engines
+
+ABORT_SECONDS = 5.0
+"""Longest that an engine may take to hear an abort; one that hangs is restarted anyway, with all that it was doing."""
+PROBE_SECONDS = 0.5
+"""Between two looks at engines that are not up; also the longest that an answer may take."""
+
+
+class EnginePool:
+    """`async with EnginePool(...)`: leaving closes every connection."""
+
+    def __init__(self, request_timeout_s: float) -> None:
+        self._request_timeout_s = request_timeout_s
+        self._open: dict[tuple[str, int], EngineClient] = {}
+        """By name and incarnation: the usable ones, and those that still have requests of ours."""
+        self._usable: list[EngineClient] = []
+        self._doubted: set[EngineClient] = set()
+        """New, or not reached lately: nothing is sent to one before it has answered."""
+        self._changed = asyncio.Condition()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for client in self._open.values():
+            await client.__aexit__(None, None, None)
+        self._open.clear()
+
+    async def update(self, engines: Engines) -> None:
+        """Ask these from now on.  Requests at the others go on until their actor ends them."""
+        keys = list(zip(engines.names, engines.incarnations, strict=True))
+        for (name, incarnation), address in zip(keys, engines.addresses, strict=True):
+            if (name, incarnation) not in self._open:
+                client = self._open[name, incarnation] = EngineClient(name, address, self._request_timeout_s)
+                self._doubted.add(client)
+        async with self._changed:
+            self._usable = [self._open[key] for key in keys]
+            self._changed.notify_all()
+        for key, client in list(self._open.items()):
+            if key not in keys and not client.in_flight:
+                del self._open[key]
+                self._doubted.discard(client)
+                await client.__aexit__(None, None, None)
+
+    async def run(self) -> None:
+        """Consumes: engines that are new or could not be reached.  Waits for: one, then for its answer.  Produces:
+        engines that are up.  Unblocked by: the queue's list, `doubt`."""
+        while True:
+            async with self._changed:
+                await self._changed.wait_for(lambda: any(client in self._doubted for client in self._usable))
+            asked = [client for client in self._usable if client in self._doubted]
+            answers = await asyncio.gather(*(client.answers(PROBE_SECONDS) for client in asked))
+            async with self._changed:
+                self._doubted -= {client for client, answer in zip(asked, answers, strict=True) if answer}
+                self._changed.notify_all()
+            if not all(answers):
+                await asyncio.sleep(PROBE_SECONDS)
+
+    async def pick(self) -> EngineClient:
+        """The engine with the fewest of our requests that is up.  Waits while there is none, for as long as the
+        supervisor lets a run stand still."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: bool(self._trusted))
+        return min(self._trusted, key=lambda client: client.in_flight)
+
+    async def doubt(self, client: EngineClient) -> None:
+        """It could not be reached just now."""
+        async with self._changed:
+            self._doubted.add(client)
+            self._changed.notify_all()
+
+    @property
+    def _trusted(self) -> list[EngineClient]:
+        return [client for client in self._usable if client not in self._doubted]
+
+    async def abort(self, client: EngineClient, rid: str) -> None:
+        """Ask the engine to end a request, if it can be reached."""
+        if client in self._open.values():
+            with contextlib.suppress(EngineError, TimeoutError):
+                async with asyncio.timeout(ABORT_SECONDS):
+                    await client.abort(rid)
