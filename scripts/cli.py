@@ -7,6 +7,9 @@ from typing import Any
 
 import click
 
+from scripts.bench.cli import bench
+from scripts.queue_cli import queue
+from scripts.simulation.cli import simulate
 from stream_rl import config
 from stream_rl.errors import StreamRLError
 
@@ -15,6 +18,8 @@ HEADLINES = (
     "streamed_before_end", "token_age_mean", "token_age_max", "masked_share", "generation_pauses", "aborted_requests",
     "update_stall_ms_p50", "update_stall_ms_p99", "decode_step_ms_p50", "plugin_cpu_share", "conserved", "wall_s",
 )  # fmt: skip
+BY_REASON = ("restarts", "resumed", "lost", "dropped")
+"""Parts of the summary that count by name or reason."""
 
 
 @click.group()
@@ -32,6 +37,10 @@ def train(recipe: str, overrides: tuple[str, ...]) -> None:
     loaded = config.load(recipe, overrides)
     summary = run(loaded)
     _print_summary(loaded, summary)
+
+
+for command in (queue, simulate, bench):
+    cli.add_command(command)
 
 
 @cli.group()
@@ -61,7 +70,11 @@ def _print_summary(recipe: config.Recipe, summary: dict[str, Any]) -> None:
         click.echo(f"  {name:24} {value:.4g}" if isinstance(value, float) else f"  {name:24} {value}")
     same = summary.get("weights_hash_engine") == summary.get("weights_hash_learner")
     click.echo(f"  {'weights':24} engine and learner hold {'the same bits' if same else 'DIFFERENT BITS'}")
-    click.echo(f"  {'dropped':24} {json.dumps(summary.get('dropped', {}))}")
+    for name in BY_REASON:
+        if counts := {reason: n for reason, n in summary.get(name, {}).items() if n}:
+            click.echo(f"  {name:24} {json.dumps(counts)}")
+    if (size := summary.get("journal_bytes")) is not None:
+        click.echo(f"  {'journal':24} {size / 1e6:.1f} MB")
     click.echo(f"\n  all figures   {directory}/summary.json\n  plots         {directory}/report.png")
     click.echo(f"  metrics       {directory}/metrics.jsonl\n  checkpoint    {directory}/checkpoints/final")
 

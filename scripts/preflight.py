@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from engines.megatron.model_shape import ModelShape, read_model_shape
 from engines.sglang.client import check_sampling
 from queues import admission
-from stream_rl.config import Recipe
+from stream_rl.config import Recipe, Supervise
 from stream_rl.errors import ConfigError, TaskError, WireError
 from stream_rl.plain import pack
 from stream_rl.task import Prompt, load_task
@@ -22,6 +22,8 @@ SGLANG_FAMILIAR = frozenset(
      "disable_overlap_schedule", "disable_radix_cache", "log_level"}
 )  # fmt: skip
 """Options that every supported SGLang has; about any other SGLang is asked first."""
+SIGN_OF_LIFE_SECONDS = 1.0
+"""Every process says something to the queue about this often."""
 SGLANG_RESERVE_TOKENS = 6
 """SGLang takes no prompt within this many tokens of its KV pool."""
 PROMPTS_TRIED = 16
@@ -33,7 +35,8 @@ def check(recipe: Recipe) -> None:
     shape = read_model_shape(recipe.model.path)
     admission.check(recipe.queue, recipe.rollout)
     check_sampling(recipe.rollout.sampling)
-    _check_rollout(recipe)
+    _check_numbers(recipe)
+    _check_supervise(recipe.supervise)
     _check_sglang(recipe)
     _check_prompts(recipe, shape, _tokenizer(recipe, shape))
 
@@ -55,7 +58,7 @@ def _tokenizer(recipe: Recipe, shape: ModelShape) -> Tokenizer:
     return tokenizer
 
 
-def _check_rollout(recipe: Recipe) -> None:
+def _check_numbers(recipe: Recipe) -> None:
     rollout = recipe.rollout
     if rollout.temperature <= 0:
         raise ConfigError(
@@ -71,6 +74,7 @@ def _check_rollout(recipe: Recipe) -> None:
         ("rollout.request_timeout_s", rollout.request_timeout_s, 0.001),
         ("learner.micro_batch_tokens", recipe.learner.micro_batch_tokens, 1),
         ("learner.threads", recipe.learner.threads, 1),
+        ("learner.checkpoint_every", recipe.learner.checkpoint_every, 0),
         ("warm_start.steps", recipe.warm_start.steps, 0),
         ("warm_start.sequences", recipe.warm_start.sequences, 1),
         ("weights.part_bytes", recipe.weights.part_bytes, 1),
@@ -80,11 +84,28 @@ def _check_rollout(recipe: Recipe) -> None:
         ("engine.chunk_seconds", recipe.engine.chunk_seconds, 0.001),
         ("engine.buffer_bytes", recipe.engine.buffer_bytes, 1 << 16),
         ("engine.resend_seconds", recipe.engine.resend_seconds, 0.01),
+        ("engine.start_timeout_s", recipe.engine.start_timeout_s, 1),
+        ("supervise.stop_timeout_s", recipe.supervise.stop_timeout_s, 0.1),
+        ("supervise.stall_timeout_s", recipe.supervise.stall_timeout_s, 1),
+        ("supervise.retry_s", recipe.supervise.retry_s, 0.05),
+        ("supervise.silence_timeout_s", recipe.supervise.silence_timeout_s, 3 * SIGN_OF_LIFE_SECONDS),
+        ("supervise.max_restarts", recipe.supervise.max_restarts, 0),
+        ("supervise.restart_window_s", recipe.supervise.restart_window_s, 1),
     ):
         if value < least:
             raise ConfigError(f"{name} must be at least {least}, got {value}")
     if recipe.algorithm.aggregation == "constant" and recipe.algorithm.constant <= 0:
         raise ConfigError('algorithm.constant must be above 0 with aggregation = "constant": it is the divisor')
+
+
+def _check_supervise(supervise: Supervise) -> None:
+    """A wait for a peer must outlast the peer's restart, or one process that stalls takes the others along."""
+    if supervise.max_restarts and supervise.peer_timeout_s <= supervise.silence_timeout_s:
+        raise ConfigError(
+            f"supervise.peer_timeout_s must be above supervise.silence_timeout_s, got {supervise.peer_timeout_s} and "
+            f"{supervise.silence_timeout_s}: a process that stalls is started again only after the silence, and the "
+            "others must wait for it until then"
+        )
 
 
 def _check_sglang(recipe: Recipe) -> None:

@@ -17,7 +17,15 @@ LOG_TAIL_LINES = 20
 
 
 class ProcessDied(StreamRLError):
-    """A process of the run ended by itself."""
+    """A process of the run ended by itself or never came up.  `what` is the short of it, `detail` has the log's end."""
+
+    def __init__(self, what: str, detail: str) -> None:
+        super().__init__(what, detail)
+        self.what = what
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return self.detail
 
 
 class Child:
@@ -27,30 +35,32 @@ class Child:
     def __init__(self, name: str, process: asyncio.subprocess.Process, log: pathlib.Path, ready: asyncio.StreamReader):
         self.name, self.log = name, log
         self._process, self._ready = process, ready
-        self._stopping = False
         self._swept = False
 
     @classmethod
     async def start(cls, name: str, module: str, arguments: Sequence[str], log: pathlib.Path, threads: int) -> "Child":
-        """Run `python -m module`; its output goes to `log`."""
-        read, write = os.pipe()
+        """Run `python -m module`; its output is appended to `log`.  Cancelled, it leaves no process behind."""
         environment = os.environ | {
             "OMP_NUM_THREADS": str(threads),
             "PYTHONUNBUFFERED": "1",
             runtime.PARENT: str(os.getpid()),
         }
         environment.pop("PYTHONDONTWRITEBYTECODE", None)  # SGLang would compile itself at every start
-        with log.open("wb") as output:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", module, *arguments, "--ready-fd", str(write),
-                stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[write],
-                start_new_session=True, env=environment,
-            )  # fmt: skip
-        os.close(write)
-        reader = asyncio.StreamReader()
-        await asyncio.get_running_loop().connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(read, "rb")
-        )
+        read, write = os.pipe()
+        try:
+            reader = asyncio.StreamReader()
+            await asyncio.get_running_loop().connect_read_pipe(
+                lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(read, "rb")
+            )
+            with log.open("ab") as output:
+                # the last thing awaited: asyncio itself ends a process whose start is cancelled
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable, "-m", module, *arguments, "--ready-fd", str(write),
+                    stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[write],
+                    start_new_session=True, env=environment,
+                )  # fmt: skip
+        finally:
+            os.close(write)
         return cls(name, process, log, reader)
 
     async def ready(self, timeout: float) -> dict[str, Any]:
@@ -59,44 +69,48 @@ class Child:
             async with asyncio.timeout(timeout):
                 line = await self._ready.readline()
         except TimeoutError:
-            raise ProcessDied(self._epitaph(f"was not up after {timeout:.0f} s")) from None
+            raise self.died(f"was not up after {timeout:.0f} s") from None
         if not line:
             code = await self._process.wait()
-            raise ProcessDied(self._refusal(code) or self._epitaph(f"ended with status {code} while starting"))
+            raise self._refusal(code) or self.died(f"ended with status {code} while starting")
         fields: dict[str, Any] = json.loads(line)
         return fields
 
-    async def watch(self) -> None:
-        """Returns when the process has been stopped.  Raises ProcessDied if it ended by itself."""
-        code = await self._process.wait()
-        if not self._stopping:
-            raise ProcessDied(self._epitaph(f"ended with status {code}"))
+    async def end(self) -> int:
+        """Wait for the end; the exit status."""
+        return await self._process.wait()
 
-    async def wait(self) -> None:
-        """Returns when the process has ended with 0.  Raises ProcessDied otherwise."""
+    async def succeed(self) -> None:
+        """Wait for the end.  Raises ProcessDied if the status is not 0."""
         if code := await self._process.wait():
-            raise ProcessDied(self._refusal(code) or self._epitaph(f"ended with status {code}"))
+            raise self._refusal(code) or self.died(f"ended with status {code}")
+
+    def kill(self) -> None:
+        """SIGKILL for the process, unless it has ended, and for whatever is in its process group."""
+        if self._swept:
+            return
+        self._swept = True  # once it is reaped, its number may become somebody else's
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     async def stop(self, timeout: float) -> None:
-        """SIGTERM, and after `timeout` seconds SIGKILL; then SIGKILL for whatever it left in its process group."""
-        self._stopping = True
+        """SIGTERM, and SIGKILL after `timeout` seconds and for whatever it left behind."""
         if self._process.returncode is None:
             self._process.send_signal(signal.SIGTERM)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout):
                     await self._process.wait()
-        if not self._swept:
-            self._swept = True
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+        self.kill()
         await self._process.wait()
 
-    def _refusal(self, code: int) -> str:
-        """The one line with which our processes refuse a recipe; "" if the process ended in another way."""
-        last = next(reversed(self.log.read_text(errors="replace").splitlines()), "")
-        return last if code == 1 and last.startswith(f"{self.name}: ") else ""
-
-    def _epitaph(self, what: str) -> str:
+    def died(self, what: str) -> ProcessDied:
+        """The error that says so, with the end of the log."""
         lines = self.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
         tail = "\n".join(f"    {line}" for line in lines) or "    (empty)"
-        return f"{self.name} {what}; the end of {self.log}:\n{tail}"
+        return ProcessDied(f"{self.name} {what}", f"{self.name} {what}; the end of {self.log}:\n{tail}")
+
+    def _refusal(self, code: int) -> ProcessDied | None:
+        """The one line with which our processes refuse a recipe; None if the process ended in another way."""
+        last = next(reversed(self.log.read_text(errors="replace").splitlines()), "")
+        refused = code == 1 and last.startswith(f"{self.name}: ")
+        return ProcessDied(f"{self.name} ended with status {code} while starting", last) if refused else None

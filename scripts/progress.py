@@ -49,6 +49,10 @@ class Dashboard:
         if not self._live:
             self._console.print(f"  {text}", highlight=False)
 
+    def note(self, text: str) -> None:
+        """Say something that stays to be read."""
+        self._console.print(f"  {text}", highlight=False, soft_wrap=True)
+
     def update(self, status: Mapping[str, Any], reward: float | None) -> None:
         """A new status of the queue (as `queues.summary` makes it), and the newest step's mean reward."""
         now, step = time.monotonic(), float(status.get("steps", 0))

@@ -1,6 +1,5 @@
 """`report.png`: reward, staleness and throughput of a run over time, from its metrics file."""
 
-import json
 import math
 import pathlib
 from typing import Any
@@ -10,15 +9,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from scripts import records
+
 SMOOTH_STEPS = 5
 """Few trajectories finish during one step: its mean alone is noisy."""
-
-
-def read(directory: pathlib.Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(step records, status records) of a run's metrics.jsonl, in order."""
-    path = directory / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [r for r in lines if r["kind"] == "step"], [r for r in lines if r["kind"] == "status"]
 
 
 def _smooth(steps: list[dict[str, Any]]) -> list[float]:
@@ -37,8 +31,10 @@ def _number(value: float | None) -> float:
 
 
 def plot(directory: pathlib.Path) -> pathlib.Path:
-    """Draw the three panels; the file's path."""
-    steps, statuses = read(directory)
+    """Draw the three panels, with a line through them where a process was started again; the file's path."""
+    kinds = records.read(directory)
+    steps = kinds["step"]
+    statuses = [record for record in kinds["status"] if record.get("received_tokens")]  # not while processes start
     figure, (reward, age, rate) = plt.subplots(3, 1, figsize=(9, 9), sharex=True, constrained_layout=True)
     figure.suptitle(directory.name)
     times = [r["wall_s"] for r in steps]
@@ -60,6 +56,11 @@ def plot(directory: pathlib.Path) -> pathlib.Path:
         rate.plot([b[0] for a, b in pairs], [(b[1] - a[1]) / max(b[0] - a[0], 1e-9) for a, b in pairs], label=label)
     rate.set(ylabel="tokens / s", xlabel="seconds since the start", ylim=(0, None))
     rate.legend(loc="lower right")
+    for restart in kinds["restart"]:
+        for panel in (reward, age, rate):
+            panel.axvline(restart["wall_s"], color="gray", linewidth=0.8, linestyle=":")
+        words = {"rotation": 90, "va": "top", "fontsize": 7, "color": "gray"}
+        reward.text(restart["wall_s"], 0.98, restart["name"], transform=reward.get_xaxis_transform(), **words)
     path = directory / "report.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)

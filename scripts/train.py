@@ -1,8 +1,9 @@
-"""`stream-rl train`: start every process of a run, watch them, show how it goes, end them, say what came of it.
+"""`stream-rl train`: start every process of a run, keep them alive, show how it goes, end them, say what came of it.
 
     queue ─▶ publisher ─▶ engines, learner ─▶ actor          each start needs the addresses of those before it
 
-Any process that ends by itself ends the run, with its name and the end of its log.
+A process that ends by itself is started again (`scripts.supervisor`); one that does so too often ends the run, with its
+name and the end of its log.
 """
 
 import asyncio
@@ -14,23 +15,61 @@ import pathlib
 import secrets
 import signal
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from scripts import preflight
-from scripts.processes import Child
 from scripts.progress import Dashboard
 from scripts.report import plot
+from scripts.supervisor import Processes, Program, Restart
 from stream_rl import config
 from stream_rl.errors import PeerTimeout, StreamRLError
-from stream_rl.messages import Hello, Refused, Shutdown, Status, StatusRequest, StepRecord, Welcome
+from stream_rl.messages import Hello, Refused, Shutdown, Status, StepRecord
 from stream_rl.metrics import JsonLines, finite, unflatten
+from stream_rl.session import Session
 from stream_rl.task import task_file
 from stream_rl.transport import Dealer
 
-INCARNATION = 1
-"""Processes are started once in a run; a restart will count up."""
 NOT_IN_SUMMARY = ("queue", "peers")
 """Parts of the queue's status that tell of a moment, not of the run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Programs that start at the same time, once those of the stages before have been up."""
+
+    says: str
+    programs: Sequence[Program]
+
+
+def stages(recipe: config.Recipe) -> list[Stage]:
+    """Every process of a run.  The first is the queue, whose conversation the supervisor needs from then on."""
+    journal = str(recipe.run_directory / "journal.db")
+    links, port = ("queue", "publisher"), recipe.sglang.get("port", 0)
+    queue = Program(name="queue", module="queues.process", arguments=("--journal", journal), keeps_address=True)
+    publisher = Program(
+        name="publisher", module="engines.weights.publisher", links=("queue",), keeps_address=True, peer="publisher-0"
+    )
+    learner = Program(
+        name="learner", module="actors.learner", links=links, peer="learner-0", threads=recipe.learner.threads
+    )
+    engines = [
+        Program(
+            name=name, module="engines.sglang.server", links=links, peer=name,
+            arguments=("--name", name, "--port", str(port and port + i)),
+        )
+        for i in range(recipe.engine.count) for name in [f"engine-{i}"]
+    ]  # fmt: skip
+    actor = Program(name="actor", module="actors.rollout", links=("queue",), peer="actor-0")
+    return [
+        Stage("starting the queue", [queue]),
+        Stage("starting the publisher", [publisher]),
+        Stage(
+            f"starting {recipe.engine.count} x SGLang and the learner (about half a minute)", [learner, *engines]
+        ),
+        Stage("starting the rollout actor; held-out prompts first", [actor]),
+    ]  # fmt: skip
 
 
 def train(recipe: config.Recipe) -> dict[str, Any]:
@@ -38,14 +77,21 @@ def train(recipe: config.Recipe) -> dict[str, Any]:
     after a clean stop by Ctrl-C."""
     preflight.check(recipe)
     directory = fresh_directory(recipe.run_directory)
-    with Dashboard(recipe.run.name, recipe.run.steps, recipe.supervise.plain_progress_s) as dashboard:
-        try:
-            summary = asyncio.run(_Run(recipe, directory, dashboard).run())
-        except asyncio.CancelledError:  # SIGTERM
-            raise KeyboardInterrupt from None
+    summary = supervise(recipe, directory, stages)
     (directory / "summary.json").write_text(json.dumps(finite(summary), indent=2) + "\n")
     plot(directory)
     return summary
+
+
+def supervise(
+    recipe: config.Recipe, directory: pathlib.Path, table: Callable[[config.Recipe], Sequence[Stage]]
+) -> dict[str, Any]:
+    """Run the processes of `table` until the queue says that the run has finished; the summary."""
+    with Dashboard(recipe.run.name, recipe.run.steps, recipe.supervise.plain_progress_s) as dashboard:
+        try:
+            return asyncio.run(_Run(recipe, directory, dashboard, table).run())
+        except asyncio.CancelledError:  # SIGTERM
+            raise KeyboardInterrupt from None
 
 
 def fresh_directory(directory: pathlib.Path) -> pathlib.Path:
@@ -61,13 +107,26 @@ def fresh_directory(directory: pathlib.Path) -> pathlib.Path:
 class _Run:
     """One run, from the first process to the last."""
 
-    def __init__(self, recipe: config.Recipe, directory: pathlib.Path, dashboard: Dashboard) -> None:
-        self._recipe, self._directory, self._dashboard = recipe, directory, dashboard
+    def __init__(
+        self,
+        recipe: config.Recipe,
+        directory: pathlib.Path,
+        dashboard: Dashboard,
+        table: Callable[[config.Recipe], Sequence[Stage]],
+    ) -> None:
+        self._recipe, self._directory, self._dashboard, self._table = recipe, directory, dashboard, table
         self._run_id = f"{recipe.run.name}-{secrets.token_hex(4)}"
-        self._children: list[Child] = []
-        self._started = time.monotonic()
-        self._finished = asyncio.Event()
+        self._processes = Processes(
+            (str(directory / "recipe.toml"), "--run-id", self._run_id),
+            directory / "logs",
+            recipe.supervise,
+            recipe.engine.start_timeout_s,
+            self._restarted,
+        )
+        self._metrics = JsonLines(directory / "metrics.jsonl")
+        self._began = time.monotonic()
         self._status: dict[str, Any] = {}
+        self._reward: float | None = None
         self._signs, self._moved = "", 0.0
 
     async def run(self) -> dict[str, Any]:
@@ -81,8 +140,11 @@ class _Run:
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, lambda: None)  # it is stopping; the stop itself must not be cut short
-            self._dashboard.phase("stopping")
-            await self._stop()
+            try:
+                self._dashboard.phase("stopping")
+            finally:  # also when there is nobody to say it to
+                await self._processes.stop()
+                self._metrics.close()
 
     async def _supervise(self) -> dict[str, Any]:
         config.dump(self._recipe, self._directory / "recipe.toml")
@@ -91,97 +153,78 @@ class _Run:
         if self._recipe.warm_start.steps:
             self._recipe = await self._warm_start()
             config.dump(self._recipe, self._directory / "recipe.toml")
-        async with asyncio.TaskGroup() as group:
-            queue_address = await self._start_all(group)
-            async with Dealer.connect(queue_address, f"observer-{os.getpid()}") as queue:
-                observing = group.create_task(self._observe(queue), name="observe")
-                await self._finished.wait()
-                observing.cancel()
-                summary = await self._close_books(queue)
-            await self._stop()
+        first, *others = self._table(self._recipe)
+        async with asyncio.TaskGroup() as keeping:
+            await self._start(keeping, [first])
+            name = f"observer-{os.getpid()}"
+            hello = Hello(run=self._run_id, role="observer", name=name, incarnation=1, pid=os.getpid())
+            address = self._processes["queue"].address
+            async with Dealer.connect(address, f"{name}@1") as dealer, asyncio.TaskGroup() as talking:
+                session = Session(dealer, hello, self._recipe.supervise)
+                await session.start()
+                conversation = talking.create_task(session.run(), name="session")
+                starting = keeping.create_task(self._start(keeping, others), name="start")
+                summary = await self._observe(session, starting)
+                conversation.cancel()
+            starting.cancel()
+            self._processes.release()
         return summary
 
-    async def _start_all(self, group: asyncio.TaskGroup) -> str:
-        """Start every process in order; the queue's address."""
-        recipe, again = self._recipe, ("--incarnation", str(INCARNATION))
-        self._dashboard.phase("starting the queue and the publisher")
-        queue = (await self._start(group, "queue", "queues.process", *again))["address"]
-        publisher = (await self._start(group, "publisher", "engines.weights.publisher", "--queue", queue, *again))[
-            "address"
-        ]
-        self._dashboard.phase(f"starting {recipe.engine.count} x SGLang and the learner (about half a minute)")
-        links = ("--queue", queue, "--publisher", publisher, *again)
-        threads = recipe.learner.threads
-        async with asyncio.TaskGroup() as starts:
-            starts.create_task(self._start(group, "learner", "actors.learner", *links, threads=threads))
-            port = recipe.sglang.get("port", 0)
-            engines = {
-                name: starts.create_task(
-                    self._start(
-                        group, name, "engines.sglang.server", *links,
-                        "--name", name, "--port", str(port and port + i),
-                    )
-                )
-                for i in range(recipe.engine.count)
-                for name in [f"engine-{i}"]
-            }  # fmt: skip
-        places = [word for name, task in engines.items() for word in ("--engine", f"{name}={task.result()['address']}")]
-        self._dashboard.phase("starting the rollout actor; held-out prompts first")
-        await self._start(group, "actor", "actors.rollout", "--queue", queue, *again, *places)
-        return str(queue)
+    async def _start(self, keeping: asyncio.TaskGroup, table: Sequence[Stage]) -> None:
+        for stage in table:
+            self._dashboard.phase(stage.says)
+            await self._processes.start(keeping, stage.programs)
 
-    async def _start(
-        self, group: asyncio.TaskGroup, name: str, module: str, *arguments: str, threads: int = 1
-    ) -> dict[str, Any]:
-        """Start a process, wait until it is up, and watch it from then on."""
-        child = await Child.start(
-            name,
-            module,
-            [str(self._directory / "recipe.toml"), "--run-id", self._run_id, *arguments],
-            self._directory / "logs" / f"{name}.log",
-            threads,
-        )  # fmt: skip
-        self._children.append(child)
-        fields = await child.ready(self._recipe.engine.start_timeout_s)
-        group.create_task(child.watch(), name=f"watch {name}")
-        return fields
-
-    async def _observe(self, queue: Dealer) -> None:
+    async def _observe(self, session: Session, starting: "asyncio.Task[None]") -> dict[str, Any]:
         """Consumes: status and step records of the queue.  Waits for: the next.  Produces: the metrics file, the
-        dashboard, the end.  Unblocked by: the queue's timer."""
-        timeout = self._recipe.supervise.peer_timeout_s
-        hello = Hello(
-            run=self._run_id, role="observer", name=f"observer-{os.getpid()}", incarnation=INCARNATION, pid=os.getpid()
-        )
-        await queue.request(hello, Welcome, timeout)
-        metrics, reward = JsonLines(self._directory / "metrics.jsonl"), None
-        try:
-            while True:
-                match message := await queue.receive(timeout):
-                    case StepRecord():
-                        reward = message.fields.get("reward_mean")
-                        metrics.write({"kind": "step", "wall_s": self._wall(), "step": message.step.step}
-                                      | message.fields)  # fmt: skip
-                    case Status():
-                        self._take(message)
-                        numbers = {k: v for k, v in message.fields.items() if not k.startswith("peers.")}
-                        metrics.write({"kind": "status", "wall_s": self._wall()} | numbers)
-                        self._dashboard.update(self._status, reward)
-                    case Refused():
-                        raise StreamRLError(f"the queue refused the supervisor: {message.reason}: {message.detail}")
-        finally:
-            metrics.close()
+        dashboard, the end of the run; the summary.  Unblocked by: the queue's timer, or its restart."""
+        finished = False
+        while True:
+            match message := await self._hear(session):
+                case StepRecord():
+                    self._reward = message.fields.get("reward_mean")
+                    self._record("step", {"step": message.step.step} | message.fields)
+                case Status():
+                    self._take(message, starting.done())
+                    if finished and _is_closed(message):
+                        return self._summary()
+                    if finished or message.finished:
+                        if not finished:
+                            self._processes.release(but=["queue"])
+                        finished = True
+                        # again after each status that does not show it: the queue may have been killed before it heard
+                        await session.send(Shutdown(reason="finished"))
+                case Refused():
+                    raise StreamRLError(f"the queue refused the supervisor: {message.reason}: {message.detail}")
 
-    def _take(self, status: Status) -> None:
+    async def _hear(self, session: Session) -> Any:
+        """The queue's next message.  A queue that is up and says nothing for too long is killed, to be started again:
+        it declares others lost, and this is how it is declared lost itself."""
+        queue, silence = self._processes["queue"], self._recipe.supervise.silence_timeout_s
+        while True:
+            incarnation = await queue.up()
+            try:
+                async with asyncio.timeout(silence):
+                    return await session.receive()
+            except TimeoutError:
+                queue.lost(incarnation, f"was silent for {silence:.0f} s and was killed")
+
+    def _take(self, status: Status, everyone_is_up: bool) -> None:
         self._status = unflatten(status.fields, status.texts)
+        numbers = {k: v for k, v in status.fields.items() if not k.startswith("peers.")}
+        self._record("status", numbers)
+        for name, peer in self._status.get("peers", {}).items():
+            if peer.get("lost"):
+                why = f"was silent for {peer['silent_s']:.0f} s and was killed"
+                self._processes.lost(name, peer["incarnation"], why)
         if faults := self._status.get("plugin_faults"):
             raise StreamRLError(
                 f"the plugin failed inside an engine ({faults} faults): it no longer streams or updates; "
                 f"look for 'failed' in {self._directory}/logs/engine-*.log"
             )
-        if status.finished:
-            self._finished.set()
-        self._notice_stall()
+        if everyone_is_up:
+            self._dashboard.update(self._status, self._reward)
+            self._notice_stall()
 
     def _notice_stall(self) -> None:
         """A queue that goes on ticking while nothing else does is no sign of life."""
@@ -193,39 +236,25 @@ class _Run:
             awaited = self._status.get("queue", {}).get("awaits", "")
             raise PeerTimeout(f"nothing has moved for {silence:.0f} s (supervise.stall_timeout_s); awaited: {awaited}")
 
-    async def _close_books(self, queue: Dealer) -> dict[str, Any]:
-        """What is still in flight is dropped as run_end; the final figures."""
-        timeout = self._recipe.supervise.peer_timeout_s
-        await queue.send(Shutdown(reason="finished"))
-        await queue.send(StatusRequest())
-        deadline = time.monotonic() + timeout
-        while True:
-            message = await queue.receive(deadline - time.monotonic())
-            # a status from before the shutdown may still be on its way
-            if isinstance(message, Status) and not any(
-                message.fields.get(f"queue.trajectories.{state}") for state in ("in_flight", "ready")
-            ):
-                break
-        summary = unflatten(message.fields, message.texts)
-        for name in NOT_IN_SUMMARY:
-            summary.pop(name, None)
-        return summary | {"wall_s": round(self._wall(), 1)}
+    def _restarted(self, restart: Restart) -> None:
+        most = self._recipe.supervise.max_restarts
+        self._dashboard.note(f"{restart.reason}; started again ({restart.number} of {most})")
+        record = {"name": restart.name, "incarnation": restart.incarnation, "reason": restart.reason}
+        self._record("restart", record)
+
+    def _record(self, kind: str, fields: dict[str, Any]) -> None:
+        self._metrics.write({"kind": kind, "wall_s": self._wall()} | fields)
+
+    def _summary(self) -> dict[str, Any]:
+        summary = {name: value for name, value in self._status.items() if name not in NOT_IN_SUMMARY}
+        of_us = {"restarts": self._processes.restarts, "wall_s": round(self._wall(), 1)}
+        return summary | {"journal_bytes": self._status.get("queue", {}).get("journal_bytes")} | of_us
 
     async def _check_sglang(self) -> None:
         """Ask SGLang itself whether it has the options of [sglang]: ten seconds of imports, before anything longer."""
         self._dashboard.phase("asking SGLang about its options")
-        await self._run_to_end(
-            "engine-0", "engines.sglang.server", "--check", "--run-id", self._run_id, "--name", "engine-0",
-            "--incarnation", str(INCARNATION), "--queue", "", "--publisher", "",
-        )  # fmt: skip
-
-    async def _run_to_end(self, name: str, module: str, *arguments: str, threads: int = 1) -> None:
-        """Run a process that does one thing and ends."""
-        log, recipe = self._directory / "logs" / f"{name}.log", str(self._directory / "recipe.toml")
-        child = await Child.start(name, module, [recipe, *arguments], log, threads)
-        self._children.append(child)
-        await child.wait()
-        self._children.remove(child)
+        words = ("--check", "--name", "engine-0", "--queue", "", "--publisher", "")
+        await self._processes.run_to_end(Program(name="engine-0", module="engines.sglang.server", arguments=words))
 
     async def _warm_start(self) -> config.Recipe:
         """The recipe with its model replaced by one that has seen the demonstrations; kept for the next run."""
@@ -234,24 +263,21 @@ class _Run:
         if not output.is_dir():
             log = self._directory / "logs" / "warm-start.log"
             self._dashboard.phase(f"warm start: {recipe.warm_start.steps} supervised steps; {log} shows how it goes")
-            words = ("--run-id", self._run_id, "--output", str(output))
-            await self._run_to_end("warm-start", "actors.warm_start", *words, threads=recipe.learner.threads)
+            program = Program(
+                name="warm-start", module="actors.warm_start", arguments=("--output", str(output)),
+                threads=recipe.learner.threads,
+            )  # fmt: skip
+            await self._processes.run_to_end(program)
         self._dashboard.phase(f"starting from {output}")
         return dataclasses.replace(recipe, model=config.Model(path=str(output)))
 
-    async def _stop(self) -> None:
-        """End the children: those that ask first, those that answer last."""
-        timeout = self._recipe.supervise.stop_timeout_s
-        asking = [child for child in self._children if child.name not in ("publisher", "queue")]
-        async with asyncio.TaskGroup() as group:
-            for child in asking:
-                group.create_task(child.stop(timeout))
-        async with asyncio.TaskGroup() as group:
-            for child in self._children:
-                group.create_task(child.stop(timeout))
-
     def _wall(self) -> float:
-        return time.monotonic() - self._started
+        return time.monotonic() - self._began
+
+
+def _is_closed(status: Status) -> bool:
+    """Nothing of the run is left to decide."""
+    return not any(status.fields.get(f"queue.trajectories.{state}") for state in ("in_flight", "ready"))
 
 
 def warm_start_directory(recipe: config.Recipe) -> pathlib.Path:

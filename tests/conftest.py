@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import marked_model
 import pytest
 from engine_harness import EngineHarness
+from run_command import Command, Launch
 
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,3 +24,18 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineHarness]
         yield server
     finally:
         server.stop()
+
+
+@pytest.fixture
+def launch(tmp_path: pathlib.Path) -> Iterator[Launch]:
+    """Starts a run in `tmp_path`; one that a failed test leaves behind is ended."""
+    commands: list[Command] = []
+
+    def start(steps: int, *overrides: str) -> Command:
+        commands.append(Command(tmp_path, steps, *overrides))
+        return commands[-1]
+
+    yield start
+    for command in commands:
+        command.process.kill()  # its processes end with it
+        command.process.wait()

@@ -173,6 +173,10 @@ def test_a_sharded_engine_is_refused_by_name(directory: pathlib.Path) -> None:
         ("sglang.port=abc", ["port", "'abc'"]),
         ("sglang.host=0.0.0.0", ["host"]),
         ("sglang.max_total_tokens=4", ["tokens"]),
+        ("learner.checkpoint_every=-1", ["checkpoint_every", "at least 0"]),
+        ("supervise.max_restarts=-1", ["max_restarts", "at least 0"]),
+        ("supervise.silence_timeout_s=1.0", ["silence_timeout_s", "at least 3"]),
+        ("supervise.peer_timeout_s=30.0", ["peer_timeout_s", "above", "silence_timeout_s"]),
     ],
 )
 def test_settings_that_could_hang_or_fail_late_are_refused(
