@@ -1,0 +1,1 @@
+"""Benchmarks: each measures the real thing, and prints one JSON object last."""
