@@ -2,7 +2,7 @@
 
 Outstanding groups (admitted and not opened + in flight + ready + leased) are held at a limit: `over_provision` times
 what one step is expected to take, so that a token is about that many steps old when it trains, or what `Steering`
-finds.  The expectation follows the trainable tokens of the groups that completed.
+finds.  The expectation follows the sampled tokens of the groups that completed.
 """
 
 import math
@@ -72,9 +72,9 @@ class Admission:
         """Moving average over completed groups.  It starts from what the recipe expects and not from the first group
         to complete: the first are the shortest, and would ask for several times too many."""
 
-    def completed(self, trainable_tokens: int) -> None:
-        """A group completed with this many tokens that may train."""
-        self.tokens_per_group += _WEIGHT * (trainable_tokens - self.tokens_per_group)
+    def completed(self, tokens: int) -> None:
+        """A group completed with this many sampled tokens."""
+        self.tokens_per_group += _WEIGHT * (tokens - self.tokens_per_group)
 
     @property
     def groups_per_step(self) -> int:

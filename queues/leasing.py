@@ -33,12 +33,11 @@ class Ready:
     def __iter__(self) -> Iterator[Group]:
         return iter(self._trainable)
 
-    def add(self, group: Group) -> int:
-        """Last in line.  Returns its trainable tokens at the step being awaited."""
+    def add(self, group: Group) -> None:
+        """Last in line."""
         self.refresh()
-        trainable = self._trainable[group] = self.count(group)
-        self.trainable_tokens += trainable
-        return trainable
+        self._trainable[group] = self.count(group)
+        self.trainable_tokens += self._trainable[group]
 
     def discard(self, group: Group) -> None:
         self.trainable_tokens -= self._trainable.pop(group, 0)

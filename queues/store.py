@@ -136,8 +136,8 @@ class Store:
         if not np.isfinite(np.float32(event.reward)):  # as the learner will see it
             self._drop_member(now, trajectory, "bad_reward")
             return
-        self._tallies.finished(event)
-        trajectory.reward, trajectory.num_sampled = event.reward, event.num_sampled
+        trajectory.reward, trajectory.reward_parts = event.reward, event.reward_parts
+        trajectory.num_sampled = event.num_sampled
         self._settle(now, trajectory)
 
     def interrupt(self, now: float, event: m.Interrupted) -> None:
@@ -146,7 +146,7 @@ class Store:
             return
         self.resuming.interrupted(now, trajectory, event.reason or INTERRUPTED, event.num_sampled)
 
-    def overdue(self, now: float, deadline_s: float) -> bool:
+    def overdue(self, now: float, deadline_s: float) -> None:
         """Let groups that have grown for too long go on without their unfinished members."""
         late = [g for g in self.groups.values() if g.state is State.IN_FLIGHT and now - g.opened > deadline_s]
         for group in late:
@@ -154,7 +154,6 @@ class Store:
                 if trajectory.state is State.IN_FLIGHT:
                     self._cancel(trajectory, "deadline")
                     self._drop_member(now, trajectory, "deadline")
-        return bool(late)
 
     def _settle(self, now: float, trajectory: Trajectory) -> None:
         """Complete, drop or resume a trajectory if what has arrived decides it."""
@@ -166,6 +165,7 @@ class Store:
                 self._drop_member(now, trajectory, INTERRUPTED)
             elif trajectory.finish and trajectory.received == trajectory.num_sampled:
                 trajectory.complete = True
+                self._tallies.finished(trajectory)
                 self._member_settled(now, trajectory.group)
             elif trajectory.finish or trajectory.received > trajectory.num_sampled:
                 self._drop_member(now, trajectory, "count_mismatch")
@@ -189,7 +189,9 @@ class Store:
             self.drop_group(group, "equal_rewards")
             return
         self.move(group, State.READY)
-        self.admission.completed(self.ready.add(group))
+        self.ready.add(group)
+        # Masked tokens included: what the mask takes must not ask for more groups, which would be older still.
+        self.admission.completed(sum(group.versions.values()))
 
     # -- dropping ----------------------------------------------------------------------------------------------
 

@@ -12,7 +12,6 @@ import numpy as np
 from queues.trajectories import Trajectory
 from stream_rl.messages import (
     Applied,
-    CloseTrajectory,
     EngineStats,
     EngineVerified,
     Evaluated,
@@ -125,12 +124,12 @@ class Tallies:
 
     # -- trajectories ------------------------------------------------------------------------------------------
 
-    def finished(self, close: CloseTrajectory) -> None:
+    def finished(self, trajectory: Trajectory) -> None:
         window = self.windows[-1]
         window.finished += 1
-        window.rewards += close.reward
-        window.sampled += close.num_sampled
-        for name, value in close.reward_parts.items():
+        window.rewards += trajectory.reward
+        window.sampled += trajectory.received
+        for name, value in trajectory.reward_parts.items():
             name = count_name(window.parts, name)
             window.parts[name] = window.parts.get(name, 0.0) + value
 

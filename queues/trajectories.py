@@ -59,6 +59,7 @@ class Trajectory:
     complete: bool = False
     """Finished, closed, and both sides agree on the tokens."""
     reward: float = 0.0
+    reward_parts: dict[str, float] = field(default_factory=dict)
     num_sampled: int = 0
     """What its actor said was sampled."""
 
@@ -71,6 +72,7 @@ class Trajectory:
         self.ids = bytearray()
         self.logprobs = bytearray()
         self.spans = []
+        self.reward_parts = {}
 
 
 @dataclass(slots=True, eq=False)

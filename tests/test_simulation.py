@@ -245,10 +245,6 @@ def test_steering_itself_it_keeps_to_its_target() -> None:
     assert 1.0 < result("steered", target_token_age=1.3).age_mean < 1.1 * 1.3
 
 
-@pytest.mark.xfail(
-    reason="Admission counts the tokens that may still train: what was masked asks for more, which gets older",
-    strict=True,
-)
 def test_what_the_mask_takes_asks_for_no_more_groups() -> None:
     chosen = setting("agent:10", steps=40, ratio=20.0, max_token_age=6)
     made = World(chosen, policies(chosen)["fixed_20"], make(chosen))
