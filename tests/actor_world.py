@@ -62,7 +62,7 @@ class Rewards:
         return Score(float(len(completion)), {"n": prompt.data["n"]})
 
     async def asked(self, count: int) -> None:
-        async with asyncio.timeout(20), self._asked:
+        async with asyncio.timeout(60), self._asked:
             await self._asked.wait_for(lambda: len(self.scored) >= count)
 
 
@@ -124,7 +124,7 @@ def play(scene: Callable[[World], Awaitable[None]], **rollout: Any) -> None:
     """Run a scene in a world of its own; a hang is a failure."""
 
     async def bounded(directory: pathlib.Path) -> None:
-        async with asyncio.timeout(60), FakeQueue() as queue:
+        async with asyncio.timeout(150), FakeQueue() as queue:
             tokenizer = Tokenizer.from_file(str(directory / "model" / "tokenizer.json"))
             world = World(make_recipe(directory, **rollout), queue, Rewards(), tokenizer)
             world.greet()

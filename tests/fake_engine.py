@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from aiohttp import web
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 
 class FakeEngine:

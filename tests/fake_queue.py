@@ -17,7 +17,7 @@ from stream_rl.session import Session
 from stream_rl.transport import Dealer, Router
 
 M = TypeVar("M")
-PATIENCE = 20.0
+PATIENCE = 60.0
 RETRY = 0.05
 HELLO = Hello(run="r", role="actor", name="actor-0", incarnation=1, pid=1)
 
