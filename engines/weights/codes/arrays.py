@@ -1,0 +1,167 @@
+"""The loops over all elements, in numpy: what `loops` must agree with, and what runs where numba is not installed.
+
+Functions that read what came over a wire raise WeightsError for what cannot be; so do the others for positions that
+do not ascend within the tensor, which only a bug could bring about.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engines.weights.codes.layout import BLOCK, ESCAPE, LARGEST, SKIP, Bits, Table
+from stream_rl.errors import WeightsError
+from stream_rl.types import ByteArray, Int64Array
+
+STRIP = 1 << 17
+"""Elements compared at once: what they are compared to is still in the cache when the few that differ are read."""
+
+
+def diff(old: Bits, new: Bits) -> tuple[Int64Array, Bits]:
+    """Positions where the two differ, and by how many steps."""
+    found = []
+    for start in range(0, old.size, STRIP):
+        found.append(np.flatnonzero(old[start : start + STRIP] != new[start : start + STRIP]) + start)
+    indices = np.concatenate(found) if found else np.empty(0, np.int64)
+    return indices, _ordinal(new[indices]) - _ordinal(old[indices])
+
+
+def apply(bits: Bits, indices: Int64Array, steps: Bits) -> None:
+    """Move the elements at `indices` on by `steps`, in place."""
+    check_positions(indices, bits.size)
+    bits[indices] = _ordinal(_ordinal(bits[indices]) + steps)
+
+
+def merge(first: Int64Array, first_steps: Bits, second: Int64Array, second_steps: Bits) -> tuple[Int64Array, Bits]:
+    """Both differences as one: steps at the same position add up, and vanish if they come to 0."""
+    indices = np.concatenate([first, second])
+    order = np.argsort(indices, kind="stable")
+    indices, steps = indices[order], np.concatenate([first_steps, second_steps])[order]
+    twice = indices[1:] == indices[:-1]
+    steps[:-1][twice] += steps[1:][twice]
+    kept = steps != 0
+    kept[1:] &= ~twice
+    return indices[kept], steps[kept]
+
+
+def fast_encode(indices: Int64Array, steps: Bits, elements: int) -> tuple[Table, ByteArray, ByteArray, Bits]:
+    """Table, gaps, nibbles and escapes, as `fast` describes them."""
+    check_positions(indices, elements)
+    blocks = -(-elements // BLOCK)
+    block = indices // BLOCK
+    changed = np.bincount(block, minlength=blocks)
+    first = np.cumsum(changed) - changed
+    before = np.empty_like(indices)
+    before[1:] = indices[:-1]
+    nonempty = np.flatnonzero(changed)
+    before[first[nonempty]] = nonempty * BLOCK - 1
+    skips, rest = np.divmod(indices - before - 1, SKIP)
+    gaps = np.full(indices.size + int(skips.sum()), SKIP, np.uint8)
+    gaps[np.cumsum(skips + 1) - 1] = rest
+
+    small = np.abs(steps.astype(np.int64)) <= LARGEST
+    codes = np.where(small, steps + (LARGEST + 1), ESCAPE).astype(np.uint8)
+    nibbles = np.zeros(int(((changed + 1) // 2).sum()) * 2, np.uint8)
+    nibbles[_places(changed)] = codes
+    table = np.stack([changed, _per_block(skips, block, blocks), _per_block(~small, block, blocks)], axis=1)
+    packed = np.bitwise_or(nibbles[0::2], nibbles[1::2] << 4, dtype=np.uint8)
+    return table.astype(np.uint16), gaps, packed, steps[~small]
+
+
+def fast_decode(
+    table: Table, gaps: ByteArray, nibbles: ByteArray, escapes: Bits, start: int, elements: int
+) -> tuple[Int64Array, Bits]:
+    """Positions and steps of the blocks in `table`, the first of which begins at element `start` of `elements`.
+
+    The sizes of the streams have been checked against the table; what is in them has not.
+    """
+    changed, skips, escaped = table.astype(np.int64).T
+    is_change = gaps != SKIP
+    ends = np.cumsum(changed + skips)
+    if (_running(is_change)[ends] != np.cumsum(changed)).any() or not is_change[ends[changed + skips > 0] - 1].all():
+        raise WeightsError("a block has other changes than its table says")
+    block = np.repeat(np.arange(len(table)), changed)
+    begin = start + np.arange(len(table), dtype=np.int64) * BLOCK
+    reached = _running(gaps.astype(np.int64) + is_change)
+    indices = reached[1:][is_change] - 1 + (begin - reached[ends - changed - skips])[block]
+    if (indices >= np.minimum(begin + BLOCK, elements)[block]).any():
+        raise WeightsError("a change lies beyond the end of its block")
+
+    places, codes = _places(changed), np.stack([nibbles & 15, nibbles >> 4], axis=1).reshape(-1)
+    padding, codes = np.delete(codes, places), codes[places]
+    escape = codes == ESCAPE
+    if (_running(escape)[np.cumsum(changed)] != np.cumsum(escaped)).any():
+        raise WeightsError("a block has other escapes than its table says")
+    steps = (codes.astype(np.int8) - (LARGEST + 1)).astype(escapes.dtype)
+    steps[escape] = escapes
+    if padding.any() or not steps.all() or (np.abs(escapes.astype(np.int64)) <= LARGEST).any():
+        raise WeightsError("a step is not in the code that is meant for it")
+    return indices, steps
+
+
+def ranks(base: Bits, bounds: Int64Array, indices: Int64Array) -> tuple[ByteArray, Int64Array]:
+    """Class of each position, and its number among the elements of that class.
+
+    An element is in the last class whose bound its magnitude reaches; `bounds` ascend from 0.
+    """
+    check_positions(indices, base.size)
+    classes = _classes(base, bounds)
+    found, rank = classes[indices], np.empty(indices.size, np.int64)
+    for c in range(bounds.size):
+        here = found == c
+        if here.any():
+            rank[here] = np.searchsorted(np.flatnonzero(classes == c), indices[here])
+    return found, rank
+
+
+def select(base: Bits, bounds: Int64Array, counts: Int64Array, ranks: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """Inverse of `ranks`: `counts` of them are of each class, class by class and ascending.
+
+    Gives the positions, ascending, and for each where it stood in `ranks`.
+    """
+    classes = _classes(base, bounds)
+    found, start = np.empty(ranks.size, np.int64), 0
+    for c, count in enumerate(counts.tolist()):
+        if count:
+            members, of_class = np.flatnonzero(classes == c), ranks[start : start + count]
+            if of_class[0] < 0 or of_class[-1] >= members.size or (of_class[1:] <= of_class[:-1]).any():
+                raise WeightsError("the changes of a class do not ascend among its elements")
+            found[start : start + count] = members[of_class]
+            start += count
+    order = np.argsort(found, kind="stable")
+    return found[order], order
+
+
+def check_positions(indices: Int64Array, elements: int) -> None:
+    if indices.size and not (indices[0] >= 0 and indices[-1] < elements and bool((indices[1:] > indices[:-1]).all())):
+        raise WeightsError(f"positions must ascend below {elements}")
+
+
+def _classes(base: Bits, bounds: Int64Array) -> ByteArray:
+    magnitudes = base & np.iinfo(base.dtype).max
+    classes = np.zeros(base.size, np.uint8)
+    for bound in bounds[1:].tolist():
+        classes += magnitudes >= bound
+    return classes
+
+
+def _places(changed: Int64Array) -> Int64Array:
+    """Where the nibbles of blocks of so many changes are, when each block begins with a whole byte."""
+    room = (changed + 1) // 2 * 2
+    shift = (np.cumsum(room) - room) - (np.cumsum(changed) - changed)
+    places: Int64Array = np.arange(int(changed.sum())) + np.repeat(shift, changed)
+    return places
+
+
+def _per_block(values: npt.NDArray[Any], block: Int64Array, blocks: int) -> Int64Array:
+    sums: Int64Array = np.bincount(block, weights=values, minlength=blocks).astype(np.int64)
+    return sums
+
+
+def _running(values: npt.NDArray[Any]) -> Int64Array:
+    """Sums of the first 0, 1, 2, ... values."""
+    return np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+
+
+def _ordinal(bits: Bits) -> Bits:
+    return bits ^ ((bits >> (8 * bits.itemsize - 1)) & np.iinfo(bits.dtype).max)

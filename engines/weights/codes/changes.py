@@ -1,0 +1,51 @@
+"""What goes into a payload, and what a receiver has before it reads one."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+
+from engines.weights.codes.ulp import SparseDelta
+from stream_rl.types import ByteArray
+
+A = TypeVar("A")
+B = TypeVar("B")
+Frame = list[ByteArray]
+"""Buffers whose bytes come one after the other."""
+MANTISSA = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}
+"""Bits of it, of the dtypes that have a sparse form."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What became of one tensor."""
+
+    dtype: torch.dtype
+    delta: SparseDelta | None
+    """None for a dtype without a sparse form: it is always dense."""
+    old: torch.Tensor | None = None
+    """Flat bits before; `small` needs them."""
+    new: torch.Tensor | None = None
+    """Flat bits after; without them a tensor is never dense."""
+
+    @property
+    def sparse(self) -> SparseDelta:
+        assert self.delta is not None
+        return self.delta
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What a receiver knows of a tensor."""
+
+    dtype: torch.dtype
+    elements: int
+    old: torch.Tensor | None = None
+    """Flat bits that it holds, on any device; `small` needs them."""
+
+
+class Each(Protocol):
+    """`map`, or that of an executor."""
+
+    def __call__(self, function: Callable[[A], B], items: Iterable[A], /) -> Iterable[B]: ...

@@ -1,0 +1,370 @@
+"""The loops over all elements, compiled by numba; `arrays` says what each of them does.
+
+Elements are looked at 64 at a time: one vector comparison gives one word of bits, and only the few bits that are set
+are followed up.  Every position is checked before it is read or written, whoever it came from.
+
+numba renews what it keeps on disk when this file changes, and sees nothing else: a change of `words` or `layout` needs
+one here, or an empty __pycache__.
+"""
+
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar, cast
+
+import numba  # type: ignore[import-not-found, import-untyped, unused-ignore]
+import numpy as np
+
+from engines.weights.codes.layout import BLOCK, ESCAPE, LARGEST, MAX_CLASSES, MOST_SKIPS, SKIP, Bits, Table
+from engines.weights.codes.words import GROUP, differing, fetch, lowest, ones, reaching
+from stream_rl.errors import WeightsError
+from stream_rl.types import ByteArray, Int64Array
+
+P = ParamSpec("P")
+R = TypeVar("R")
+AHEAD = 16
+"""Changes between asking for an element and changing it: without it each waits for memory in its turn."""
+STRIP = 2048
+"""Elements compared before those that differ are followed up: both are in the first-level cache then."""
+
+
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Machine code from the first call on, kept beside the source; other threads run meanwhile."""
+    return cast(Callable[P, R], numba.njit(cache=True, nogil=True, error_model="numpy")(function))
+
+
+# -- differences ------------------------------------------------------------------------------------------------------
+
+
+@compiled
+def _diff(old: Any, new: Any, start: int, indices: Any, steps: Any) -> tuple[int, int]:
+    """How many differences were found, and the element after the last that was looked at: stops for want of room."""
+    low = (1 << (8 * old.itemsize - 1)) - 1
+    words, places = np.empty(STRIP // GROUP, np.uint64), np.empty(STRIP // GROUP, np.int64)
+    count = 0
+    while start + STRIP <= old.size and count + STRIP <= indices.size:
+        num_words = 0
+        for place in range(start, start + STRIP, GROUP):
+            words[num_words] = differing(old, new, place)
+            places[num_words] = place
+            num_words += words[num_words] != 0
+        for i in range(num_words):
+            word, place = words[i], places[i]
+            while word != 0:
+                j = place + lowest(word)
+                word &= word - np.uint64(1)
+                before, after = np.int64(old[j]), np.int64(new[j])
+                steps[count] = (after ^ ((after >> 63) & low)) - (before ^ ((before >> 63) & low))
+                indices[count] = j
+                count += 1
+        start += STRIP
+    if old.size - start < STRIP and count + old.size - start <= indices.size:
+        for j in range(start, old.size):
+            before, after = np.int64(old[j]), np.int64(new[j])
+            steps[count] = (after ^ ((after >> 63) & low)) - (before ^ ((before >> 63) & low))
+            indices[count] = j
+            count += before != after
+        start = old.size
+    return count, start
+
+
+def diff(old: Bits, new: Bits) -> tuple[Int64Array, Bits]:
+    assert old.size == new.size
+    pieces, start, room = [], 0, max(2 * STRIP, old.size // 64)
+    while start < old.size:
+        indices, steps = np.empty(room, np.int64), np.empty(room, old.dtype)
+        count, start = _diff(old, new, start, indices, steps)
+        pieces.append((indices[:count], steps[:count]))
+        room = max(2 * STRIP, count * (old.size - start) // start * 5 // 4)
+    if len(pieces) == 1:
+        return pieces[0]
+    empty = (np.empty(0, np.int64), np.empty(0, old.dtype))
+    return np.concatenate([empty[0], *(p[0] for p in pieces)]), np.concatenate([empty[1], *(p[1] for p in pieces)])
+
+
+@compiled
+def _apply(bits: Any, indices: Any, steps: Any) -> bool:
+    low, free = (1 << (8 * bits.itemsize - 1)) - 1, 64 - 8 * bits.itemsize
+    previous, last = -1, indices.size - 1
+    for k in range(indices.size):
+        j = indices[k]
+        if j <= previous or j >= bits.size:
+            return False
+        fetch(bits, indices[min(k + AHEAD, last)])
+        before = np.int64(bits[j])
+        after = (before ^ ((before >> 63) & low)) + steps[k]
+        after = (after << free) >> free
+        bits[j] = after ^ ((after >> 63) & low)
+        previous = j
+    return True
+
+
+def apply(bits: Bits, indices: Int64Array, steps: Bits) -> None:
+    assert indices.size == steps.size
+    _ascended(_apply(bits, indices, steps), bits.size)
+
+
+@compiled
+def _merge(a: Any, a_steps: Any, b: Any, b_steps: Any, indices: Any, steps: Any) -> int:
+    i = j = count = 0
+    while i < a.size or j < b.size:
+        if j == b.size or (i < a.size and a[i] < b[j]):
+            indices[count], steps[count] = a[i], a_steps[i]
+            i += 1
+            count += 1
+        elif i == a.size or b[j] < a[i]:
+            indices[count], steps[count] = b[j], b_steps[j]
+            j += 1
+            count += 1
+        else:
+            indices[count], steps[count] = a[i], a_steps[i] + b_steps[j]
+            count += steps[count] != 0
+            i += 1
+            j += 1
+    return count
+
+
+def merge(first: Int64Array, first_steps: Bits, second: Int64Array, second_steps: Bits) -> tuple[Int64Array, Bits]:
+    room = first.size + second.size + 1
+    indices, steps = np.empty(room, np.int64), np.empty(room, first_steps.dtype)
+    count = _merge(first, first_steps, second, second_steps, indices, steps)
+    return indices[:count], steps[:count]
+
+
+# -- fast -------------------------------------------------------------------------------------------------------------
+
+
+@compiled
+def _fast_encode(
+    indices: Any, steps: Any, elements: int, table: Any, gaps: Any, nibbles: Any, escapes: Any
+) -> tuple[int, int, int]:
+    """Lengths of gaps, nibbles and escapes; the first is -1 if the positions do not ascend."""
+    first = num_gaps = num_nibbles = num_escapes = 0
+    for block in range(table.shape[0]):
+        previous = block * BLOCK - 1
+        end = min(previous + 1 + BLOCK, elements)
+        k, gaps_before, escapes_before = first, num_gaps, num_escapes
+        while k < indices.size and indices[k] < end:
+            gap = indices[k] - previous - 1
+            if gap < 0:
+                return -1, 0, 0
+            while gap >= SKIP:
+                gaps[num_gaps] = SKIP
+                num_gaps += 1
+                gap -= SKIP
+            gaps[num_gaps] = gap
+            num_gaps += 1
+            previous = indices[k]
+            k += 1
+        here, packed = steps[first:k], nibbles[num_nibbles : num_nibbles + ((k - first + 1) >> 1)]
+        large = 0
+        for i in range(here.size >> 1):
+            low, high = here[2 * i] + (LARGEST + 1), here[2 * i + 1] + (LARGEST + 1)
+            low_fits, high_fits = (low > ESCAPE) & (low < 16), (high > ESCAPE) & (high < 16)
+            large |= (not low_fits) | (not high_fits)
+            packed[i] = (low if low_fits else ESCAPE) | (high if high_fits else ESCAPE) << 4
+        if here.size & 1:
+            low = here[here.size - 1] + (LARGEST + 1)
+            low_fits = (low > ESCAPE) & (low < 16)
+            large |= not low_fits
+            packed[packed.size - 1] = low if low_fits else ESCAPE
+        num_nibbles += packed.size
+        if large:
+            for i in range(here.size):
+                if here[i] > LARGEST or here[i] < -LARGEST:
+                    escapes[num_escapes] = here[i]
+                    num_escapes += 1
+        table[block, 0] = k - first
+        table[block, 1] = num_gaps - gaps_before - (k - first)
+        table[block, 2] = num_escapes - escapes_before
+        first = k
+    return (num_gaps if first == indices.size else -1), num_nibbles, num_escapes
+
+
+def fast_encode(indices: Int64Array, steps: Bits, elements: int) -> tuple[Table, ByteArray, ByteArray, Bits]:
+    assert indices.size == steps.size
+    blocks = -(-elements // BLOCK)
+    table = np.empty((blocks, 3), np.uint16)
+    gaps = np.empty(indices.size + blocks * MOST_SKIPS, np.uint8)
+    nibbles = np.empty((indices.size + blocks) // 2 + 1, np.uint8)
+    escapes = np.empty(indices.size, steps.dtype)
+    sizes = _fast_encode(indices, steps, elements, table, gaps, nibbles, escapes)
+    _ascended(sizes[0] >= 0, elements)
+    return table, gaps[: sizes[0]], nibbles[: sizes[1]], escapes[: sizes[2]]
+
+
+@compiled
+def _fast_decode(
+    table: Any, gaps: Any, nibbles: Any, escapes: Any, start: int, elements: int, indices: Any, steps: Any
+) -> int:
+    """0, or the number of what is wrong.  `indices` has room for one more than there are changes."""
+    first = gap = nibble = escape = 0
+    for block in range(table.shape[0]):
+        begin = start + block * BLOCK
+        position, end = begin, min(begin + BLOCK, elements)
+        changed: Any = np.int64(table[block, 0])
+        k, last, last_gap = first, first + changed, gap + changed + np.int64(table[block, 1])
+        if last_gap > gap and gaps[last_gap - 1] == SKIP:
+            return 1
+        for i in range(gap, last_gap):
+            distance = np.int64(gaps[i])
+            indices[min(k, last)] = position + distance
+            position += distance + (distance != SKIP)
+            k += distance != SKIP
+        if k != last:
+            return 1
+        if position > end:
+            return 2
+        gap = last_gap
+        last_escape = escape + np.int64(table[block, 2])
+        for i in range(changed):
+            code = np.int64(nibbles[nibble + (i >> 1)] >> np.uint8(4 * (i & 1))) & 15
+            step = code - (LARGEST + 1)
+            if code == ESCAPE:
+                if escape == last_escape:
+                    return 3
+                step = np.int64(escapes[escape])
+                escape += 1
+                if -LARGEST <= step <= LARGEST:
+                    return 4
+            elif step == 0:
+                return 4
+            steps[first + i] = step
+        if escape != last_escape:
+            return 3
+        nibble += (changed + 1) >> 1
+        if changed & 1 and nibbles[nibble - 1] > 15:
+            return 4
+        first = last
+    return 0
+
+
+PROBLEMS = (
+    "",
+    "a block has other changes than its table says",
+    "a change lies beyond the end of its block",
+    "a block has other escapes than its table says",
+    "a step is not in the code that is meant for it",
+)
+
+
+def fast_decode(
+    table: Table, gaps: ByteArray, nibbles: ByteArray, escapes: Bits, start: int, elements: int
+) -> tuple[Int64Array, Bits]:
+    changed = int(table[:, 0].sum(dtype=np.int64))
+    indices, steps = np.empty(changed + 1, np.int64), np.empty(changed, escapes.dtype)
+    problem = _fast_decode(table, gaps, nibbles, escapes, start, elements, indices, steps)
+    if problem:
+        raise WeightsError(PROBLEMS[problem])
+    return indices[:changed], steps
+
+
+# -- classes ----------------------------------------------------------------------------------------------------------
+
+
+@compiled
+def _class_of(magnitude: Any, bounds: Any) -> Any:
+    found = bounds.size - 1
+    while found > 0 and magnitude < bounds[found]:
+        found -= 1
+    return found
+
+
+@compiled
+def _ranks(base: Any, bounds: Any, indices: Any, classes: Any, ranks: Any) -> Any:
+    low = (1 << (8 * base.itemsize - 1)) - 1
+    seen = np.zeros(bounds.size, np.int64)
+    above = np.zeros(bounds.size + 1, np.uint64)
+    above[0] = ~np.uint64(0)
+    previous, k = -1, 0
+    whole = base.size // GROUP * GROUP
+    for start in range(0, whole, GROUP):
+        for c in range(1, bounds.size):
+            above[c] = reaching(base, start, bounds[c])
+        while k < indices.size and indices[k] < start + GROUP:
+            j = indices[k]
+            if j <= previous:
+                return False
+            bit = np.uint64(1) << np.uint64(j - start)
+            c = bounds.size - 1
+            while not above[c] & bit:
+                c -= 1
+            classes[k] = c
+            ranks[k] = seen[c] + ones(above[c] & ~above[c + 1] & (bit - np.uint64(1)))
+            previous = j
+            k += 1
+        for c in range(bounds.size):
+            seen[c] += ones(above[c] & ~above[c + 1])
+    for j in range(whole, base.size):
+        c = _class_of(np.int64(base[j]) & low, bounds)
+        if k < indices.size and indices[k] == j:
+            classes[k], ranks[k] = c, seen[c]
+            k += 1
+        seen[c] += 1
+    return k == indices.size
+
+
+def ranks(base: Bits, bounds: Int64Array, indices: Int64Array) -> tuple[ByteArray, Int64Array]:
+    assert 0 < bounds.size <= MAX_CLASSES
+    classes, found = np.empty(indices.size, np.uint8), np.empty(indices.size, np.int64)
+    _ascended(_ranks(base, bounds, indices, classes, found), base.size)
+    return classes, found
+
+
+@compiled
+def _select(base: Any, bounds: Any, following: Any, ends: Any, ranks: Any, indices: Any, order: Any) -> Any:
+    """`following`: for each class, which of `ranks` comes next."""
+    low = (1 << (8 * base.itemsize - 1)) - 1
+    seen = np.zeros(bounds.size, np.int64)
+    above = np.zeros(bounds.size + 1, np.uint64)
+    above[0] = ~np.uint64(0)
+    origin = np.empty(GROUP, np.int64)
+    count = 0
+    whole = base.size // GROUP * GROUP
+    for start in range(0, whole, GROUP):
+        for c in range(1, bounds.size):
+            above[c] = reaching(base, start, bounds[c])
+        chosen = np.uint64(0)
+        for c in range(bounds.size):
+            members = above[c] & ~above[c + 1]
+            rank, end = seen[c], seen[c] + ones(members)
+            k = following[c]
+            while k < ends[c] and ranks[k] < end:
+                if ranks[k] < rank:
+                    return False
+                while rank < ranks[k]:
+                    members &= members - np.uint64(1)
+                    rank += 1
+                bit = lowest(members)
+                members &= members - np.uint64(1)
+                rank += 1
+                chosen |= np.uint64(1) << np.uint64(bit)
+                origin[bit] = k
+                k += 1
+            following[c], seen[c] = k, end
+        while chosen != 0:
+            bit = lowest(chosen)
+            chosen &= chosen - np.uint64(1)
+            indices[count], order[count] = start + bit, origin[bit]
+            count += 1
+    for j in range(whole, base.size):
+        c = _class_of(np.int64(base[j]) & low, bounds)
+        k = following[c]
+        if k < ends[c] and ranks[k] == seen[c]:
+            indices[count], order[count] = j, k
+            count += 1
+            following[c] += 1
+        seen[c] += 1
+    return count == ranks.size
+
+
+def select(base: Bits, bounds: Int64Array, counts: Int64Array, ranks: Int64Array) -> tuple[Int64Array, Int64Array]:
+    assert 0 < bounds.size == counts.size <= MAX_CLASSES and int(counts.sum()) == ranks.size
+    ends = np.cumsum(counts)
+    indices, order = np.empty(ranks.size, np.int64), np.empty(ranks.size, np.int64)
+    if not _select(base, bounds, ends - counts, ends, ranks, indices, order):
+        raise WeightsError("the changes of a class do not ascend among its elements")
+    return indices, order
+
+
+def _ascended(well: bool, elements: int) -> None:
+    if not well:
+        raise WeightsError(f"positions must ascend below {elements}")
