@@ -105,7 +105,12 @@ class Actor(Peer):
         """Its members are asked for when the queue knows it."""
         self.admitted.pop(group, None)
         self.opened.add(group)
-        fields = {"group": group, "task": self.world.task_of(group), "members": self.world.members, "problem": b"p"}
+        fields: dict[str, Any] = {
+            "group": group,
+            "task": self.world.task_of(group),
+            "members": self.world.members,
+            "problem": b"p",
+        }
         after = self.post(lambda n: m.OpenGroup(sequence=n, prompt_ids=np.array(PROMPT, np.int32), **fields))
         for member in range(self.world.members):
             self.running[group, member] = Segment((group, member), 0, 0, after=after)

@@ -32,8 +32,10 @@ class Surroundings(Protocol):
     members: int
     weights: Version
     """What the publisher has to bring to the engines."""
-    final: Version | None
-    """The learner's last, once it is done."""
+
+    @property
+    def final(self) -> Version | None:
+        """The learner's last, once it is done."""
 
     def engine(self, name: str, incarnation: int) -> "Engine | None": ...
     def engines_at(self, version: Version) -> list[str]: ...
@@ -205,7 +207,7 @@ class Engine(Peer):
         self.requests: dict[str, Request] = {}
 
     def sign_of_life(self) -> m.EngineStats:
-        me = {"engine": self.name, "incarnation": self.incarnation}
+        me: dict[str, Any] = {"engine": self.name, "incarnation": self.incarnation}
         return m.EngineStats(**me, version=self.version, counters={"wall_seconds": 1.0}, histograms={})
 
     def work(self, now: float) -> None:
@@ -272,7 +274,7 @@ class Engine(Peer):
         self.post(self._numbered(fields))
 
     def _numbered(self, fields: dict[str, Any]) -> Callable[[int], m.Chunks]:
-        me = {"run": RUN, "engine": self.name, "incarnation": self.incarnation}
+        me: dict[str, Any] = {"run": RUN, "engine": self.name, "incarnation": self.incarnation}
         return lambda sequence: m.Chunks(**me, sequence=sequence, **fields)
 
     def tamper(self) -> None:

@@ -64,12 +64,16 @@ class Strangers:
         if chance.random() < 0.3:
             fields[chance.choice(("starts", "counts", "spans"))] = np.zeros((2, 2), np.int64)
         sequence = peer.next_sequence if peer is not None else 0
-        me = {"run": chance.choice(("r", "r", "s")), "engine": "engine-66", "incarnation": chance.randrange(3)}
+        me: dict[str, Any] = {
+            "run": chance.choice(("r", "r", "s")),
+            "engine": "engine-66",
+            "incarnation": chance.randrange(3),
+        }
         return m.Chunks(**me, sequence=sequence + chance.choice((0, 0, 0, 1, -1)), **fields)
 
     def _words(self, core: QueueCore) -> Any:
         number = self._number()
-        at = {"sequence": self._number(), "group": number, "member": self._number()}
+        at: dict[str, Any] = {"sequence": self._number(), "group": number, "member": self._number()}
         if self._chance.random() < 0.3:
             return self._stats(core)
         return self._chance.choice(
@@ -91,5 +95,5 @@ class Strangers:
     def _stats(self, core: QueueCore) -> m.EngineStats:
         """Of weights that nobody has."""
         version = Version(self._chance.choice((-1, 99, 1 << 40)), self._number())
-        me = {"engine": "engine-66", "incarnation": self._chance.randrange(3)}
+        me: dict[str, Any] = {"engine": "engine-66", "incarnation": self._chance.randrange(3)}
         return m.EngineStats(**me, version=version, counters={"x": 1.0}, histograms={})

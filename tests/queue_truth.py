@@ -77,7 +77,7 @@ class Truth:
         line = self.lines.get(key)
         if line is not None and line.segment == segment:
             line.ids += ids
-            line.versions += [tuple(version)] * len(ids)
+            line.versions += [(version.history, version.step)] * len(ids)
 
     def wronged(self, key: Key) -> None:
         if key in self.lines:

@@ -1,10 +1,8 @@
 """A whole run around the queue's core under a virtual clock, in which anything may be killed at any instant.
 
-`Shell` is the queue's process: what it says leaves only with the commit of the events that it rests on, a crash loses
-what was not committed, and a restart replays the journal on the newest snapshot.  `World` lets the peers take turns,
-loses, repeats and reorders what is on the way, kills and stalls processes, and starts them again.  After every event
-both conservation laws and liveness are checked, and `Truth` compares what the queue says with what really happened.
-Everything follows from the seed.
+`World` lets the peers take turns, loses, repeats and reorders what is on the way, kills and stalls processes, and
+starts them again.  After every event both conservation laws and liveness are checked, and `Truth` compares what the
+queue says with what really happened.  Everything follows from the seed.
 """
 
 import dataclasses
@@ -19,13 +17,12 @@ from typing import Any
 from queue_actors import Actor, Disk, Learner, Publisher
 from queue_builders import RUN
 from queue_peers import Engine, Link, Peer
+from queue_shell import Shell
 from queue_strangers import Strangers
-from queue_truth import Key, Truth, portrait
+from queue_truth import Key, Truth
 
-from queues import snapshot
-from queues.core import JOURNAL, REPLY, Gone, QueueCore, Recovered, Settings, Tick
+from queues.core import Gone, QueueCore, Settings, Tick
 from queues.ledger import State
-from queues.records import Ended, Step
 from queues.trajectories import Group
 from stream_rl import messages as m
 from stream_rl.config import Queue
@@ -34,10 +31,11 @@ from stream_rl.types import Version
 SILENCE_S = 30.0
 PATIENCE_S = 6 * SILENCE_S
 """Longest that anything may take when nothing goes wrong any more; three times as long while things do."""
+RETIRED = 8
+"""Groups remembered after their end."""
 TASKS = ("t", "u")
 DROPPABLE = m.Ack | m.Done | m.Lease
 """What the queue says again when it is asked again.  The rest of what it says is lost only with its connection."""
-ORDERS = m.Resume | m.Park | m.Cancel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,94 +53,15 @@ class Setting:
     """Bad peers take part."""
 
     def core_settings(self) -> Settings:
-        defaults = {"min_tokens": 30, "max_tokens": 90, "first_groups": 3, "max_token_age": 8, "in_flight": "fixed"}
+        defaults: dict[str, Any] = {
+            "min_tokens": 30,
+            "max_tokens": 90,
+            "first_groups": 3,
+            "max_token_age": 8,
+            "in_flight": "fixed",
+        }
         queue = Queue(**(defaults | self.queue))
-        return Settings(run=RUN, queue=queue, max_new_tokens=self.max_new, silence_s=SILENCE_S, keep_retired=32)
-
-
-@dataclass
-class Held:
-    """An event that was handled, and what waits for it to be committed."""
-
-    row: tuple[float, str, Any] | None
-    """For the journal; None for what changed nothing."""
-    actions: list[tuple[Link | None, Any]]
-    """To the connection that the recipient had then: its next incarnation has nothing to do with them."""
-
-
-class Shell:
-    """The queue's process and its journal."""
-
-    def __init__(self, core: QueueCore, truth: Truth) -> None:
-        self.core, self.truth = core, truth
-        self.bound: dict[str, Link] = {}
-        """Connections by the name that was welcomed on them."""
-        self.snapshot = snapshot.dump(core)
-        self.journal: list[tuple[float, str, Any]] = []
-        self.held: list[Held] = []
-        self.events = 0
-        self.recounts = False
-        """Count everything again after every event."""
-
-    def take(self, now: float, link: Link | None, event: Any) -> list[tuple[str, Any]]:
-        sender = link.name if link is not None and self.bound.get(link.name) is link else REPLY
-        actions = self.core.handle(now, sender, event)
-        self.events += 1
-        (self.core.recount if self.recounts else self.core.check)()
-        assert self.core.awaits(most=1), "nothing is awaited"
-        if isinstance(event, m.Hello) and any(isinstance(message, m.Welcome) for _, message in actions):
-            assert link is not None
-            self.bound[event.name] = link
-        for recipient, message in actions:
-            assert (recipient == JOURNAL) == isinstance(message, Ended | Step)
-        going = [(link if to == REPLY else self.bound.get(to), message) for to, message in actions]
-        self.held.append(Held((now, sender, event) if self.core.durable else None, going))
-        return actions
-
-    def commit(self, most: int | None = None) -> list[tuple[Link, Any]]:
-        """Make the events that wait for it durable, or the first so many.  Returns what may leave now."""
-        leaving: list[tuple[Link, Any]] = []
-        durable, self.held = self.held[:most], self.held[len(self.held[:most]) :]
-        for held in durable:
-            if held.row is not None:
-                self.journal.append(held.row)
-                if not any(isinstance(message, m.Refused) for _, message in held.actions):
-                    self.truth.committed(held.row[2])
-                for _, message in held.actions:
-                    self.truth.said(message)
-            leaving += [(to, message) for to, message in held.actions if to is not None]
-        return leaving
-
-    def crash(self, now: float, durable: int, compare: bool) -> None:
-        """Die when `durable` of the events that wait are committed, and nobody has heard; come back from the journal.
-        `compare` the state before and after, if nothing is lost."""
-        self.commit(durable)
-        before = portrait(self.core) if compare and not self.held else None
-        self.held, self.bound = [], {}
-        core: QueueCore = snapshot.load(self.snapshot)
-        for row in self.journal:
-            core.handle(*row)
-            assert core.durable, f"{type(row[2]).__name__} changes nothing when it is replayed"
-        core.recount()
-        assert before is None or portrait(core) == before, "a replay leads to another state"
-        self.core = core
-        self.take(now, None, Recovered())
-
-    def has_orders(self) -> bool:
-        """Something was decided that an actor has to hear of."""
-        return any(isinstance(message, ORDERS) for held in self.held for _, message in held.actions)
-
-    def save(self) -> None:
-        """A snapshot of the state after the last committed event."""
-        if not self.held:
-            self.snapshot, self.journal = snapshot.dump(self.core), []
-            self._check_size()
-
-    def _check_size(self) -> None:
-        """What is kept of the past is a little of each step, of each trained trajectory and of each restart."""
-        tallies, tokens = self.core.tallies, sum(self.core.ledger.tokens.values())
-        past = 60 * len(tallies.windows) + 8 * len(tallies.lengths) + 400 * len(tallies.engine_counters)
-        assert len(self.snapshot) <= 50_000 + past + 20 * tokens, f"a snapshot of {len(self.snapshot)} bytes"
+        return Settings(run=RUN, queue=queue, max_new_tokens=self.max_new, silence_s=SILENCE_S, keep_retired=RETIRED)
 
 
 class World:
@@ -189,7 +108,7 @@ class World:
 
     @property
     def final(self) -> Version | None:
-        return self.learner.done and self.learner.done.final
+        return self.learner.done.final if self.learner.done else None
 
     # -- what peers know of it ---------------------------------------------------------------------------------
 
@@ -285,7 +204,7 @@ class World:
     def crash_queue(self, durable: int) -> None:
         self.now += self.random.choice((0.5, 0.5, 0.5, 3.0, 3.0, 3.0, 2 * SILENCE_S))
         self._ticked = -math.inf  # the last tick may be lost
-        self.shell.crash(self.now, durable, compare=self.random.random() < 0.2)
+        self.shell.crash(self.now, durable, compare=self.random.random() < 0.1)
         for peer in self.peers.values():
             if self.random.random() < 0.7:
                 peer.link.up.clear()
@@ -432,7 +351,7 @@ class World:
         assert len(steps.committed) + len(steps.applied) <= 4 * every + since
         assert sum(len(groups) for groups in steps.again) <= store.outstanding
         held = store.outstanding + sum(len(taken.groups) for taken in (*steps.applied, *steps.committed))
-        assert len(store.groups) <= held + 32
+        assert len(store.groups) <= held + RETIRED
         assert len(store.assembly.by_rid) == sum(len(group.members) for group in store.groups.values())
         assert store.resuming.resting <= self.members * len(store.groups)
         assert len(core.registry.peers) <= len(self.peers) + 16

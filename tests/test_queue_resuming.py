@@ -132,6 +132,8 @@ def test_a_close_whose_stream_was_lost_with_its_engine_is_void():
     run.close(0, 0, 3, reward=0.25, segment=1)
     held = run.core.store.groups[0].members[0]
     assert (held.complete, held.reward) == (True, 0.25)
+    window = run.core.tallies.windows[-1]
+    assert (window.finished, window.rewards, window.sampled) == (1, 0.25, 3)
 
 
 @pytest.mark.parametrize("lost", [restarts, falls_silent])
@@ -202,6 +204,16 @@ def test_an_interrupted_stream_with_a_hole_goes_on_from_before_the_hole():
     run.say("engine-1", engine_1(Row(rid(0, 0, 1), 0, [7], finish="stop")))
     run.close(0, 0, 3, segment=1)
     assert run.core.store.groups[0].members[0].complete
+
+
+def test_a_hole_in_one_segment_is_none_in_the_next():
+    run = a_run()
+    run.chunks(Row(rid(0, 0), 2, [7, 7, 7, 7, -7]))
+    run.interrupt(0, 0)
+    run.close(0, 0, 3, segment=1)
+    run.say("engine-1", engine_1(Row(rid(0, 0, 1), 0, [7], finish="stop")))
+    assert run.core.store.groups[0].members[0].complete
+    assert run.core.ledger.dropped == {}
 
 
 def test_a_segment_that_had_ended_when_it_was_interrupted_only_wants_its_reward():
@@ -328,13 +340,14 @@ def test_what_a_lost_actor_had_heard_of_an_interruption_does_not_matter():
 
 
 def test_an_actor_that_only_reconnects_is_reminded_of_what_it_may_have_missed():
-    run = a_run(4)
-    for member in (1, 2):
+    run = a_run(5)
+    for member in (1, 2, 3):
         run.interrupt(0, member)
     run.say("engine-1", engine_1(Row(rid(0, 2, 1), 0, [7])))
+    run.close(0, 3, 4, segment=1)
     orders = of_type(run.hello("actor"), m.Resume)
-    assert [(order.member, order.segment) for order in orders] == [(1, 1)], "2 grows already, 0 and 3 never moved"
-    assert run.core.tallies.resumed == {"interrupted": 2}, "a reminder is no resume"
+    assert [(order.member, order.segment) for order in orders] == [(1, 1)], "2 and 3 have been heard of, 0 never moved"
+    assert run.core.tallies.resumed == {"interrupted": 3}, "a reminder is no resume"
 
 
 def test_a_reconnecting_actor_is_reminded_of_what_it_was_told_to_stop():

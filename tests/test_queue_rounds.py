@@ -57,6 +57,7 @@ def test_what_was_parked_rests_until_the_step_is_applied_and_goes_on_before_anyt
     assert keys(told[:2]) == [(1, 1, 1), (1, 0, 1)]
     assert told[1].token_ids.tolist() == [5, 6, 7]
     assert isinstance(told[2], m.Admit)
+    assert run.core.store.resuming.resting == 0
     assert run.core.tallies.resumed == {"parked": 2}
     assert run.core.tallies.aborted == 0
 

@@ -6,6 +6,7 @@ from queue_builders import Row, Run, make_core, of_type, rid
 
 from queues.ledger import State
 from queues.records import Ended, Step
+from queues.versions import Histories
 from stream_rl import messages as m
 from stream_rl.types import Version
 
@@ -136,6 +137,31 @@ def test_the_older_of_two_checkpoints_can_be_gone_back_to():
     run.commit(6, history=1)
     assert run.core.ledger.trained == 30
     assert run.core.ledger.trajectories[State.COMMITTED] == 12
+
+
+def test_a_checkpoint_counts_again_after_it_was_lost():
+    run = trained(4)
+    run.commit(2)
+    run.commit(4)
+    retrain(run, 1, range(2, 4))
+    run.commit(4, history=1)
+    assert (run.core.steps.checkpoint, run.core.ledger.trained) == (4, 20)
+    assert not run.core.steps.applied
+
+
+def test_each_history_is_left_where_the_surviving_line_left_it_first():
+    histories = Histories()
+    for step in range(1, 7):
+        histories.publish(Version(0, step))
+    histories.open(1, 4)
+    histories.publish(Version(1, 5))
+    histories.open(4, 5)
+    assert [histories.effective_step(0, step) for step in (3, 4, 6)] == [3, 4, 4]
+    assert [histories.effective_step(1, step) for step in (4, 5)] == [4, 5]
+    histories.open(5, 2)
+    assert [histories.effective_step(h, 5) for h in (0, 1, 4)] == [2, 2, 2]
+    assert not histories.knows(Version(2, 0)) and not histories.knows(Version(0, 7))
+    assert histories.knows(Version(0, 6)) and histories.last == Version(5, 2)
 
 
 def test_before_the_second_checkpoint_the_start_can_be_gone_back_to():

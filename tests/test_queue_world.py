@@ -38,9 +38,9 @@ SETTINGS: list[dict[str, Any]] = [
     {"queue": {"mode": "rounds"}, "strangers": True},
     {"queue": {"mode": "rounds", "over_provision": 3.0}, "engines": 3, "actors": 2},
     {"queue": {"mode": "rounds", "max_token_age": 2, "filter": "equal_rewards"}, "members": 2},
-    {"queue": {"mode": "rounds", "group_deadline_s": 5.0}, "engines": 3, "faults": 3.0},
-    {"faults": 3.0, "strangers": True},
-    {"actors": 2, "faults": 3.0},
+    {"queue": {"mode": "rounds", "group_deadline_s": 5.0}, "engines": 3, "faults": 2.0},
+    {"faults": 2.0, "strangers": True},
+    {"actors": 2, "faults": 2.0},
 ]
 EVENTS = 1_000_000
 SEEDS = 3
@@ -61,7 +61,7 @@ def live(setting: dict[str, Any]) -> tuple[int, int]:
     return events, steps
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(600)  # about 80 s of CPU time, on as many cores as there are
 def test_a_million_events_lose_nothing_train_nothing_twice_and_leave_nobody_waiting():
     worlds = [{"seed": 100 * seed + i} | s for seed in range(SEEDS) for i, s in enumerate(SETTINGS)]
     with ThreadPoolExecutor(os.cpu_count()) as threads:

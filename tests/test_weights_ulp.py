@@ -18,7 +18,7 @@ from stream_rl.errors import WeightsError
 LIGHT = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SEEDS = st.integers(0, 2**32 - 1)
-SIZES = st.sampled_from([0, 1, 2, 63, 64, 65, 257, 2047, 2048, 2049, 5000])
+SIZES = st.sampled_from([0, 1, 2, 63, 64, 65, 257, 4095, 4096, 4097, 9000])
 SHARES = st.sampled_from([0.0, 0.01, 0.3, 1.0])
 NUMBA = importlib.util.find_spec("numba") is not None
 
