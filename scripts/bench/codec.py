@@ -59,7 +59,7 @@ def run(max_bytes: int, pairs: int, training_steps: int, say: Callable[[str], No
         "fast_apply_over_memcpy": made_up[len(sizes) - 1]["apply_over_memcpy"]["mean"],
     }
     return {
-        "machine": {"processor": platform.processor(), "kernels": kernels().__name__.rsplit(".", 1)[-1]},
+        "machine": {"processor": _processor(), "kernels": kernels().__name__.rsplit(".", 1)[-1]},
         "snapshots": snapshots,
         "made_up": made_up,
         "targets": {
@@ -88,6 +88,13 @@ def _snapshots(training_steps: int, say: Callable[[str], None]) -> list[dict[str
         updates.sort(key=lambda update: update["changed_share"])
         entries.append({"lr": lr} | updates[len(updates) // 2])
     return entries
+
+
+def _processor() -> str:
+    about = pathlib.Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def _met(measured: float, target: float, sign: str) -> bool:

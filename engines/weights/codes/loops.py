@@ -22,8 +22,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 AHEAD = 16
 """Changes between asking for an element and changing it: without it each waits for memory in its turn."""
-STRIP = 2048
-"""Elements compared before those that differ are followed up: both are in the first-level cache then."""
+STRIP = 4096
+"""Elements compared before those that differ are followed up: both versions are in the first-level cache then."""
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
