@@ -18,18 +18,20 @@ from typing import Any
 
 import numpy as np
 
-from actors.hand_over import HandOver
+from actors.hand_over import HandOver, anchor_parts
 from algorithms.advantages import get_advantage
 from algorithms.denominators import TokenKinds, loss_weights
 from algorithms.losses import make_loss
 from engines.megatron import resume
 from engines.megatron.checkpoint import sweep
+from engines.megatron.found import Changes
 from engines.megatron.learner import MegatronLearner
 from engines.weights import fingerprint
-from engines.weights.chain import snapshot_parts
+from engines.weights.codes import payload
+from engines.weights.parts import Line
 from stream_rl import config, runtime
 from stream_rl.errors import WeightsError, WireError
-from stream_rl.messages import Applied, Committed, Done, Hello, LearnerDone, Lease, LeaseRequest
+from stream_rl.messages import Applied, Committed, Done, Hello, LearnerDone, Lease, LeaseRequest, UpdatePart
 from stream_rl.metrics import JsonLines
 from stream_rl.session import Session
 from stream_rl.transport import Dealer
@@ -79,14 +81,19 @@ class LearnerLoop:
         recipe: config.Recipe,
         run: str,
         session: Session,
-        hand_over: HandOver,
+        publisher: Dealer,
         engine: MegatronLearner,
         first: Version,
         saved: bool,
     ) -> None:
         """first: what the engine's weights are.  saved: a checkpoint holds them."""
         self._recipe, self._run, self._first, self._saved = recipe, run, first, saved
-        self._session, self._hand_over, self._engine = session, hand_over, engine
+        self._session, self._engine = session, engine
+        self._version = first
+        """What the engine's weights are, while nobody holds `_weights`."""
+        self._weights = asyncio.Lock()
+        """Held while they change, until the queue knows the version that they have become."""
+        self.hand_over = HandOver(publisher, run, recipe.weights, recipe.supervise, self._anchor)
         self._loss = make_loss(recipe.algorithm.loss, recipe.algorithm)
         self._log = append_lines(recipe.run_directory / "learner.jsonl")
         self._settled = 0.0
@@ -96,17 +103,16 @@ class LearnerLoop:
         """Consumes: leases.  Waits for: the queue to fill one.  Produces: steps, versions, checkpoints.
         Unblocked by: engines and rewards, through the queue."""
         recipe, version = self._recipe, self._first
+        self._engine.watch_changes()
         if version.history:
             # opens the history, before anyone can hold a version of it; and the former learner may have died between
             # writing this checkpoint and saying so
             await self._session.request(Committed(step=version), Done)
-        await self._publish(version)
+        self.hand_over.begin(version)
         patience = recipe.queue.lease_timeout_s + recipe.engine.start_timeout_s  # the first lease waits for engines too
         while version.step < recipe.run.steps:
-            await self._step(version, patience)
+            version = await self._step(version, patience)
             patience = recipe.queue.lease_timeout_s
-            version = Version(version.history, version.step + 1)
-            await self._publish(version)
             every = recipe.learner.checkpoint_every
             if every and version.step % every == 0 and version.step < recipe.run.steps:
                 directory = await self._checkpoint(version)
@@ -115,7 +121,7 @@ class LearnerLoop:
             await self._checkpoint(version)
         weights_sum = await asyncio.to_thread(fingerprint.model_sum, self._engine.named_weights())
         done = LearnerDone(final=version, weights_hash=fingerprint.text(weights_sum))
-        await self._hand_over.finish(done)
+        await self.hand_over.finish(done)
         await self._session.request(done, Done)
         log.info("done at version %s", version)
 
@@ -125,35 +131,46 @@ class LearnerLoop:
         while True:
             log.info("the queue says %r", await self._session.receive())
 
-    async def _step(self, version: Version, patience: float) -> None:
-        """Lease, step, log, apply."""
+    async def _step(self, version: Version, patience: float) -> Version:
+        """Lease, step, log, apply, hand over.  Returns the next version."""
         recipe = self._recipe
         asked = time.perf_counter()
         lease = await self._session.request(LeaseRequest(step=version), Lease, patience)
         leased = time.perf_counter()
         self._settled = self._settled or leased
         batch = training_batch(lease, recipe.algorithm, recipe.rollout.temperature)
-        metrics = await asyncio.to_thread(self._engine.train_step, batch, self._loss)
-        trained = time.perf_counter()
-        outcome = "skipped" if metrics.get("skipped") else "trained"
-        self._log.write(log_line(lease, outcome))
-        metrics |= {
-            "wait_seconds": leased - asked,
-            "busy_seconds": trained - leased,
-            "wall_seconds": trained - self._settled,
-            "tokens": float(len(lease.token_ids)),
-            "trained_tokens": float(lease.trainable.sum()),
-        }
-        self._settled = trained
-        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        # the queue must know that a version exists before an engine can sample with it
-        await self._session.request(Applied(step=version, outcome=outcome, metrics=metrics), Done)
+        async with self._weights:
+            metrics, changes = await asyncio.to_thread(self._train, batch)
+            trained = time.perf_counter()
+            outcome = "skipped" if metrics.get("skipped") else "trained"
+            self._log.write(log_line(lease, outcome))
+            metrics |= {
+                "wait_seconds": leased - asked,
+                "busy_seconds": trained - leased,
+                "wall_seconds": trained - self._settled,
+                "tokens": float(len(lease.token_ids)),
+                "trained_tokens": float(lease.trainable.sum()),
+            }
+            self._settled = trained
+            metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+            # the queue must know that a version exists before an engine can sample with it
+            await self._session.request(Applied(step=version, outcome=outcome, metrics=metrics), Done)
+            self._version = version = Version(version.history, version.step + 1)
+        await self.hand_over.put(version, changes.pieces)
+        return version
 
-    async def _publish(self, version: Version) -> None:
-        """Copy the weights now, send them while the next step runs."""
-        part_bytes = self._recipe.weights.part_bytes
-        parts = await asyncio.to_thread(snapshot_parts, self._run, version, self._engine.named_weights(), part_bytes)
-        await self._hand_over.put(parts)
+    def _train(self, batch: TrainingBatch) -> tuple[dict[str, float], Changes]:
+        metrics = self._engine.train_step(batch, self._loss)
+        changes = self._engine.take_changes()
+        publishing = {"publish_seconds": changes.find_seconds(), "changed_share": changes.share}
+        return metrics | publishing, changes
+
+    async def _anchor(self) -> tuple[Version, list[UpdatePart]]:
+        """All weights, between two steps."""
+        async with self._weights:
+            version, part_bytes = self._version, self._recipe.weights.part_bytes
+            line = Line(self._run, version, version, True)
+            return version, await asyncio.to_thread(anchor_parts, self._engine.all_pieces(), line, part_bytes)
 
     async def _checkpoint(self, version: Version) -> pathlib.Path:
         directory = checkpoint_directory(self._recipe, version)
@@ -209,6 +226,7 @@ def recover(engine: MegatronLearner, checkpoints: pathlib.Path, run: str) -> Ver
 async def main(options: argparse.Namespace) -> None:
     recipe, incarnation = config.load(options.recipe), options.incarnation
     engine = await asyncio.to_thread(MegatronLearner, recipe.model.path, recipe.learner, recipe.run.seed)
+    await asyncio.to_thread(payload.prepare)
     saved = None
     if incarnation > 1:
         checkpoints = recipe.run_directory / "checkpoints"
@@ -222,11 +240,10 @@ async def main(options: argparse.Namespace) -> None:
         welcome = await session.start()
         history = welcome.version.history + 1 if incarnation > 1 else 0
         first = Version(history, saved.step if saved else 0)
-        hand_over = HandOver(publisher, recipe.supervise)
-        loop = LearnerLoop(recipe, options.run_id, session, hand_over, engine, first, saved is not None)
+        loop = LearnerLoop(recipe, options.run_id, session, publisher, engine, first, saved is not None)
         runtime.report_ready(options.ready_fd)
         await runtime.supervise(
-            session=session.run(), listen=loop.listen(), train=loop.train(), publish=hand_over.run()
+            session=session.run(), listen=loop.listen(), train=loop.train(), publish=loop.hand_over.run()
         )
 
 

@@ -56,8 +56,9 @@ class QueueCore:
         m.Applied: ("learner", "_applied"),
         m.Committed: ("learner", "_committed"),
         m.LearnerDone: ("learner", "_learner_done"),
-        m.VersionReport: ("publisher", "_version_report"),
+        m.VersionReport: ("publisher", "_weights_report"),
         m.EngineVerified: ("publisher", "_engine_verified"),
+        m.StockReport: ("publisher", "_weights_report"),
         m.Alive: ("", "_alive"),
         m.StatusRequest: ("", "_status_request"),
         m.DrainEngine: ("", "_drain_engine"),
@@ -375,8 +376,7 @@ class QueueCore:
             lease, settled = taken
             self.store.admission.applied(self.now, self.ledger.received, settled.age_mean)
             record = step_record(self, event, lease, settled, window)
-            for observer in self.registry.of_role("observer"):
-                self._out.send(observer.name, record)
+            self._out.send_all((o.name for o in self.registry.of_role("observer")), record)
             self._advance()
 
     def _committed(self, peer: Peer, event: m.Committed) -> None:
@@ -387,8 +387,9 @@ class QueueCore:
         self.steps.done(peer, event)
         self._advance()
 
-    def _version_report(self, peer: Peer, event: m.VersionReport) -> None:
-        self.tallies.version_report(event)
+    def _weights_report(self, peer: Peer, event: m.VersionReport | m.StockReport) -> None:
+        self.tallies.weights_report(event)
+        self._out.send_all((o.name for o in self.registry.of_role("observer")), event)
 
     def _engine_verified(self, peer: Peer, event: m.EngineVerified) -> None:
         self.tallies.engine_verified(event)

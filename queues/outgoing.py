@@ -1,5 +1,6 @@
 """What an event leads to: messages to peers by name, records for the journal."""
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from queues.tallies import Tallies
@@ -33,6 +34,10 @@ class Outgoing:
 
     def send(self, recipient: str, message: Any) -> None:
         self.actions.append((recipient, message))
+
+    def send_all(self, recipients: Iterable[str], message: Any) -> None:
+        for recipient in recipients:
+            self.send(recipient, message)
 
     def record(self, record: Any) -> None:
         self.actions.append((JOURNAL, record))

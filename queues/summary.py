@@ -70,6 +70,7 @@ def summary(core: "QueueCore") -> dict[str, object]:
         "plugin_thread_cpu_share": _share(counter("thread_cpu_seconds"), counter("scheduler_cpu_seconds")),
         "engine_busy": _share(counter("busy_seconds"), counter("wall_seconds")),
         "learner_busy": _share(tallies.learner_busy_s, tallies.learner_wall_s),
+        "stock": {name.replace(".", "_"): dict(counts) for name, counts in tallies.stock.items()},
         "hash_mismatches": tallies.hash_mismatches,
         "weights_hash_engine": ",".join(sorted(verified)),
         "weights_hash_learner": done.weights_hash if done else "",

@@ -17,6 +17,7 @@ from stream_rl.messages import (
     Evaluated,
     LearnerDone,
     Lease,
+    StockReport,
     VersionReport,
 )
 from stream_rl.metrics import Histogram
@@ -118,6 +119,8 @@ class Tallies:
         self.hash_mismatches = 0
         self.verified: dict[str, EngineVerified] = {}
         """The last full recomputation of each engine."""
+        self.stock: dict[str, dict[str, float]] = {}
+        """Of each SGLang server without our plugin: updates, pauses in seconds, problems."""
         self.evaluated: dict[str, float] = {}
         """Mean held-out reward by label."""
         self.learner_done: LearnerDone | None = None
@@ -193,7 +196,10 @@ class Tallies:
             merged.merge(histograms.get(name, {}))
         return merged
 
-    def version_report(self, report: VersionReport) -> None:
+    def weights_report(self, report: VersionReport | StockReport) -> None:
+        if isinstance(report, StockReport):
+            self._stock_report(report)
+            return
         self.stalls_ms.append(1000 * report.stall_seconds)
         self.versions.add(report.version)
         self.hash_mismatches += not report.hash_matches
@@ -208,6 +214,13 @@ class Tallies:
         held = self.verified.get(verified.engine)
         if held is None or verified.version >= held.version:
             self.verified[verified.engine] = verified
+
+    def _stock_report(self, report: StockReport) -> None:
+        if report.server not in self.stock and len(self.stock) >= MAX_NAMES:
+            return
+        counts = self.stock.setdefault(report.server, {"updates": 0, "pause_s": 0.0, "problems": 0})
+        counts["problems" if report.problem else "updates"] += 1
+        counts["pause_s"] += report.pause_seconds
 
     def evaluation(self, event: Evaluated) -> None:
         self.evaluated[event.label] = float(event.rewards.mean()) if event.rewards.size else math.nan

@@ -10,6 +10,7 @@ import click
 from scripts.bench.cli import bench
 from scripts.queue_cli import queue
 from scripts.simulation.cli import simulate
+from scripts.weights_cli import weights
 from stream_rl import config
 from stream_rl.errors import StreamRLError
 
@@ -18,7 +19,7 @@ HEADLINES = (
     "streamed_before_end", "token_age_mean", "token_age_max", "masked_share", "generation_pauses", "aborted_requests",
     "update_stall_ms_p50", "update_stall_ms_p99", "decode_step_ms_p50", "plugin_cpu_share", "conserved", "wall_s",
 )  # fmt: skip
-BY_REASON = ("restarts", "resumed", "lost", "dropped")
+BY_REASON = ("restarts", "resumed", "lost", "dropped", "stock")
 """Parts of the summary that count by name or reason."""
 
 
@@ -39,7 +40,7 @@ def train(recipe: str, overrides: tuple[str, ...]) -> None:
     _print_summary(loaded, summary)
 
 
-for command in (queue, simulate, bench):
+for command in (queue, simulate, bench, weights):
     cli.add_command(command)
 
 

@@ -25,7 +25,7 @@ from scripts.report import plot
 from scripts.supervisor import Processes, Program, Restart
 from stream_rl import config
 from stream_rl.errors import PeerTimeout, StreamRLError
-from stream_rl.messages import Hello, Refused, Shutdown, Status, StepRecord
+from stream_rl.messages import Hello, Refused, Shutdown, Status, StepRecord, StockReport, VersionReport
 from stream_rl.metrics import JsonLines, finite, unflatten
 from stream_rl.session import Session
 from stream_rl.task import task_file
@@ -176,14 +176,17 @@ class _Run:
             await self._processes.start(keeping, stage.programs)
 
     async def _observe(self, session: Session, starting: "asyncio.Task[None]") -> dict[str, Any]:
-        """Consumes: status and step records of the queue.  Waits for: the next.  Produces: the metrics file, the
-        dashboard, the end of the run; the summary.  Unblocked by: the queue's timer, or its restart."""
+        """Consumes: status of the queue, records of steps and versions.  Waits for: the next.  Produces: the metrics
+        file, the dashboard, the end of the run; the summary.  Unblocked by: the queue's timer, or its restart."""
         finished = False
         while True:
             match message := await self._hear(session):
                 case StepRecord():
                     self._reward = message.fields.get("reward_mean")
                     self._record("step", {"step": message.step.step} | message.fields)
+                case VersionReport() | StockReport():
+                    kind = "version" if isinstance(message, VersionReport) else "stock"
+                    self._record(kind, dataclasses.asdict(message) | {"version": str(message.version)})
                 case Status():
                     self._take(message, starting.done())
                     if finished and _is_closed(message):

@@ -143,11 +143,19 @@ class WarmStart:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
     part_bytes: int = 4 << 20
-    """Largest message of an update."""
+    """A part of an update has about this size; one slice of a tensor, 16 MiB at most, is never divided."""
+    parts_ahead: int = 4
+    """Parts on their way to an engine's rank that it has not yet taken: bounds what waits in sockets."""
     verify_every: int = 20
     """Versions between full recomputations of an engine's hash."""
     keep_deltas: int = 8
-    """Versions that an engine may lag and still be brought up by deltas; beyond, it gets an anchor."""
+    """Versions that an engine may lag and still be brought up by what changed; beyond, it gets all weights."""
+    directory: str = ""
+    """Where updates are written too, for `stream-rl weights relay` at another site; relative to the run directory."""
+    anchor_every: int = 50
+    """Versions between two files in that directory that hold all weights: where a relay may begin."""
+    stock_servers: tuple[str, ...] = ()
+    """Addresses of SGLang servers without our plugin that are fed through their own endpoints, pausing each time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,126 +1,42 @@
 """A publisher's decisions, and engines that converse, stage and commit with the real code, on a wire made of lists."""
 
-import dataclasses
 import math
 from collections import deque
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from engine_builders import Engine, Rank, bits_of
 from hypothesis import strategies as st
-from weights_builders import (
-    FIRST,
-    RUN,
-    Tensors,
-    bits_of,
-    make_chain,
-    make_live,
-    make_tensors,
-    perturbed,
-    same_bits,
-)
+from update_builders import anchor_parts, make_chain, publish
+from weights_builders import FIRST, RUN, Tensors, make_tensors, perturbed
 
-from engines.sglang.plugin import PluginSettings
-from engines.sglang.publisher_conversation import PublisherConversation
-from engines.weights import fingerprint
 from engines.weights.chain import Chain
-from engines.weights.delivery import Delivery, Outgoing
-from stream_rl.messages import (
-    Alive,
-    CommitOrder,
-    EngineHello,
-    HashOrder,
-    HashReport,
-    Live,
-    Refused,
-    Staged,
-    UpdatePart,
-)
+from engines.weights.delivery import MAX_FAILURES, Delivery, Outgoing
+from stream_rl import config, wire
+from stream_rl.errors import WireError
+from stream_rl.messages import Alive, CommitOrder, EngineHello, HashOrder, Live, PartTaken, Refused, UpdatePart
 from stream_rl.types import Version
 
 ENGINES = 2
+RETRY_SECONDS = 2.0
 
 
-def plugin_settings(engine: str = "engine-0", incarnation: int = 1, **changes: Any) -> PluginSettings:
-    fields: dict[str, Any] = {
-        "http_address": "http://127.0.0.1:1",
-        "queue_address": "",
-        "publisher_address": "",
-        "chunk_tokens": 4,
-        "chunk_seconds": 0.2,
-        "buffer_bytes": 1 << 20,
-        "resend_seconds": 1.0,
-        "launcher_pid": 0,
-    }
-    return PluginSettings(run=RUN, engine=engine, incarnation=incarnation, **(fields | changes))
+@dataclass
+class UnderWay:
+    """What an engine was sent and said, as far as the publisher has heard."""
 
+    target: Version
+    attempt: int
+    parts: int
+    sent: dict[bytes, set[int]]
+    taken: dict[bytes, set[int]]
+    live: set[bytes] = field(default_factory=set)
+    corrupt: int = 0
 
-class Engine:
-    """One incarnation of an engine of one rank: its real conversation, without its threads and sockets."""
-
-    def __init__(self, name: str, incarnation: int, tensors: Tensors, version: Version = FIRST) -> None:
-        self.name, self.incarnation = name, incarnation
-        self.peer = f"{name}/0@{incarnation}".encode()
-        self.live, self.model = make_live(tensors, version)
-        self.inbox: deque[Any] = deque()
-        self.outbox: deque[Any] = deque()
-        self.received: list[Any] = []
-        self.ordered: Version | None = None
-        """What the scheduler was told to make live."""
-        self.now = 0.0
-        self.conversation = PublisherConversation(
-            plugin_settings(name, incarnation), 0, 1, self.live, self._send, self._order
-        )
-        self.conversation.tick(self.now)
-
-    def _send(self, message: Any) -> bool:
-        self.outbox.append(message)
-        return True
-
-    def _order(self, target: Version) -> None:
-        assert self.ordered is None, "one commit at a time"
-        self.ordered = target
-
-    @property
-    def me(self) -> dict[str, Any]:
-        return {"engine": self.name, "incarnation": self.incarnation, "rank": 0}
-
-    def hello(self) -> EngineHello:
-        weights_hash = fingerprint.text(self.live.fingerprint)
-        return EngineHello(run=RUN, ranks=1, version=self.live.version, weights_hash=weights_hash, **self.me)
-
-    def step(self) -> None:
-        """Make live what was ordered, or else handle one message."""
-        if self.ordered is not None:
-            target, self.ordered = self.ordered, None
-            self.live.commit(target, nullcontext)
-            self.conversation.live(target, 0.25, "")
-            self.conversation.tick(self.now)
-        else:
-            self.take()
-
-    def take(self) -> None:
-        """Handle one message, even while a commit is on its way through the scheduler."""
-        if self.inbox:
-            self.received.append(self.inbox.popleft())
-            self.conversation.handle(self.received[-1], self.now)
-            self.conversation.tick(self.now)
-
-    def beat(self) -> None:
-        """A second goes by."""
-        self.now += 1.0
-        self.conversation.tick(self.now)
-
-    def greet(self) -> None:
-        """The publisher did not know it."""
-        self.now += 1.0
-        self.conversation.handle(Refused(reason="unknown_engine", detail=""), self.now)
-        self.conversation.tick(self.now)
-
-    def count(self, kind: type[Any]) -> int:
-        return sum(isinstance(message, kind) for message in self.received)
+    def is_staged(self) -> bool:
+        return all(len(taken) == self.parts for taken in self.taken.values())
 
 
 @dataclass
@@ -132,6 +48,8 @@ class World:
     keep: int = 3
     part_bytes: int = 40
     silence_seconds: float = math.inf
+    ranks: int = 1
+    parts_ahead: int = 3
     incarnation: int = 0
     chain: Chain = field(init=False)
     delivery: Delivery = field(init=False)
@@ -140,10 +58,10 @@ class World:
     stale: deque[tuple[bytes, Any]] = field(default_factory=deque)
     """Of incarnations that are gone."""
     reports: list[Any] = field(default_factory=list)
-    under_way: dict[str, tuple[Version, int]] = field(default_factory=dict)
-    """Target and attempt of the update that each engine was sent."""
-    staged: set[str] = field(default_factory=set)
+    under_way: dict[str, UnderWay] = field(default_factory=dict)
     refused: list[Refused] = field(default_factory=list)
+    busy: bool = False
+    """The thread in which updates are prepared has other things to do."""
     now: float = 0.0
     newest: Version = field(init=False)
 
@@ -152,24 +70,47 @@ class World:
         self.line, self.newest = [make_tensors(self.seed)], FIRST
         self.chain = make_chain(self.line[0], self.part_bytes, self.keep)
         self.delivery = self.new_delivery()
-        self.engines = [Engine(f"engine-{i}", 1, self.line[0]) for i in range(ENGINES)]
+        self.engines = [Engine(f"engine-{i}", 1, self.line[0], ranks=self.ranks) for i in range(ENGINES)]
 
     def new_delivery(self) -> Delivery:
-        return Delivery(RUN, self.incarnation, self.chain, self.verify_every, self.silence_seconds, lambda: self.now)
+        weights = config.Weights(
+            part_bytes=self.part_bytes, parts_ahead=self.parts_ahead, verify_every=self.verify_every
+        )
+        clock = lambda: self.now  # noqa: E731
+        return Delivery(RUN, self.incarnation, self.chain, weights, RETRY_SECONDS, self.silence_seconds, clock)
+
+    # -- the publisher -----------------------------------------------------------------------------------------
 
     def advance(self, share: float = 0.3) -> None:
         self.line.append(perturbed(self.line[-1], self.rng, share))
-        self.publish(Version(self.newest.history, self.newest.step + 1))
+        self.newest = Version(self.newest.history, self.newest.step + 1)
+        publish(self.chain, self.line[-2], self.line[-1], self.newest, part_bytes=self.part_bytes)
+        self.tell()
 
     def fork(self, back: int) -> None:
         """The learner goes on from a checkpoint some steps ago."""
         self.line.append(self.line[max(0, len(self.line) - 1 - back)])
-        self.publish(Version(self.newest.history + 1, max(0, self.newest.step - back)))
+        self.newest = Version(self.newest.history + 1, max(0, self.newest.step - back))
+        self.chain.advance(anchor_parts(self.line[-1], self.newest, self.part_bytes))
+        self.tell()
 
-    def publish(self, version: Version) -> None:
-        self.newest = version
-        self.chain.advance(version, bits_of(self.line[-1]))
-        self.route(self.delivery.advance(), None, "")
+    def tell(self) -> None:
+        """The chain has a new version."""
+        self.route(self.delivery.advance())
+        self.work()
+
+    def work(self) -> None:
+        """Prepare what is wanted, if there is time for it."""
+        while self.delivery.wanted and not self.busy:
+            self.chain.prepare(self.delivery.wanted.pop())
+            self.route(self.delivery.advance())
+
+    def remind(self) -> bool:
+        """Time passes in which nothing arrives.  True if the publisher still waits for somebody."""
+        self.now += RETRY_SECONDS
+        outgoing = self.delivery.remind()
+        self.route(outgoing)
+        return bool(outgoing)
 
     def restart_publisher(self, heard: int = 0) -> None:
         """A new one that knows only the newest version.  Of what engines had sent, the old one takes some with it."""
@@ -177,165 +118,182 @@ class World:
         self.incarnation += 1
         self.delivery = self.new_delivery()
         self.under_way.clear()
-        self.staged.clear()
-        for engine in self.engines:
-            for _ in range(min(heard, len(engine.outbox))):
-                engine.outbox.popleft()
-
-    def route(self, outgoing: Outgoing, cause: Any, sender: str) -> None:
-        """Put messages on the wire, and check that they are allowed to go out now."""
-        batches: dict[str, list[UpdatePart]] = {}
-        for peer, message in outgoing:
-            if isinstance(message, Refused):
-                self.refused.append(message)
-            [engine] = [e for e in self.engines if e.peer == peer] or [None]
-            if engine is None:
-                continue  # of an incarnation that is gone; the router drops it
-            if isinstance(message, UpdatePart):
-                batches.setdefault(engine.name, []).append(message)
-            elif isinstance(message, CommitOrder):
-                assert self.under_way[engine.name][0] == message.target and engine.name in self.staged
-            elif isinstance(message, HashOrder):
-                assert engine.name not in self.under_way, "weights are recomputed while nothing is under way"
-            engine.inbox.append(message)
-        for name, parts in batches.items():
-            ended = sender == name and (
-                isinstance(cause, (EngineHello, Live, HashReport)) or (isinstance(cause, Staged) and cause.problem)
-            )
-            assert ended or name not in self.under_way, "no update starts while one is under way"
-            assert [part.part for part in parts] == list(range(parts[0].parts)), "all parts of one update"
-            assert len({(part.base, part.target, part.anchor, part.target_hash) for part in parts}) == 1
-            assert parts[0].target_hash == self.chain.hashes[parts[0].target]
-            self.under_way[name] = (parts[0].target, parts[0].attempt)
-            self.staged.discard(name)
+        for rank in self.all_ranks():
+            for _ in range(min(heard, len(rank.outbox))):
+                rank.outbox.popleft()
 
     def hear(self, peer: bytes, message: Any) -> None:
         """The publisher handles one message."""
-        [name] = [e.name for e in self.engines if e.peer == peer] or [""]
-        if under_way := self.under_way.get(name):
-            if isinstance(message, Staged) and not message.problem and under_way[1] == message.attempt:
-                self.staged.add(name)
-            if isinstance(message, EngineHello) or (isinstance(message, Live) and under_way[0] == message.target):
-                del self.under_way[name]
+        [name] = [e.name for e in self.engines if any(r.peer == peer for r in e.ranks)] or [""]
+        if (update := self.under_way.get(name)) is not None and self._ends(update, peer, message):
+            del self.under_way[name]
         out = self.delivery.handle(peer, message)
-        self.route(out, message, name)
+        self.route(out)
         self.reports += self.delivery.reports
         self.delivery.reports.clear()
+        self.work()
 
-    def publisher_step(self, i: int) -> None:
-        if self.engines[i].outbox:
-            self.hear(self.engines[i].peer, self.engines[i].outbox.popleft())
+    def _ends(self, update: UnderWay, peer: bytes, message: Any) -> bool:
+        """Nothing is under way after this message."""
+        match message:
+            case EngineHello():
+                return True
+            case PartTaken() if message.attempt == update.attempt:
+                update.corrupt += message.corrupt
+                if not message.problem and not message.corrupt and message.part in update.sent[peer]:
+                    update.taken[peer].add(message.part)
+                return bool(message.problem) or update.corrupt > update.parts * MAX_FAILURES
+            case Live() if (message.target, message.attempt) == (update.target, update.attempt):
+                update.live.add(peer)
+                return len(update.live) == len(update.sent)
+        return False
+
+    def publisher_step(self, i: int, rank: int = 0) -> None:
+        sender = self.engines[i].ranks[rank]
+        if sender.outbox:
+            self.hear(sender.peer, sender.outbox.popleft())
+
+    def route(self, outgoing: Outgoing) -> None:
+        """Put messages on the wire, and check that they are allowed to go out now."""
+        for peer, message in outgoing:
+            if isinstance(message, Refused):
+                self.refused.append(message)
+            [found] = [(e, r) for e in self.engines for r in e.ranks if r.peer == peer] or [None]
+            if found is None:  # of an incarnation that is gone
+                self.delivery.unreachable(peer)
+                continue
+            engine, rank = found
+            if isinstance(message, UpdatePart):
+                self._check_part(engine, rank, message)
+            elif isinstance(message, CommitOrder):
+                update = self.under_way[engine.name]
+                assert (update.target, update.attempt) == (message.target, message.attempt) and update.is_staged()
+            elif isinstance(message, HashOrder):
+                assert engine.name not in self.under_way, "weights are recomputed while nothing is under way"
+            rank.inbox.append(message)
+
+    def _check_part(self, engine: Engine, rank: Rank, part: UpdatePart) -> None:
+        assert part.target_hash == self.chain.hashes[part.target]
+        update = self.under_way.get(engine.name)
+        if update is None or part.attempt != update.attempt:
+            assert update is None, "one update at a time"
+            peers = [each.peer for each in engine.ranks]
+            sent, taken = ({peer: set[int]() for peer in peers} for _ in range(2))
+            update = self.under_way[engine.name] = UnderWay(part.target, part.attempt, part.parts, sent, taken)
+        update.sent[rank.peer].add(part.part)
+        assert (part.target, part.parts) == (update.target, update.parts)
+        assert len(update.sent[rank.peer] - update.taken[rank.peer]) <= self.parts_ahead, (
+            "no more than it has credit for"
+        )
+
+    # -- what befalls them ---------------------------------------------------------------------------------------
 
     def restart(self, i: int) -> None:
         old = self.engines[i]
-        self.stale.extend((old.peer, message) for message in old.outbox)
-        self.engines[i] = Engine(old.name, old.incarnation + 1, self.line[0])
+        self.stale.extend((rank.peer, message) for rank in old.ranks for message in rank.outbox)
+        self.engines[i] = Engine(old.name, old.incarnation + 1, self.line[0], ranks=self.ranks)
         self.under_way.pop(old.name, None)
 
-    def corrupt(self, i: int) -> None:
-        """A bit flips in a part of a delta that is on its way."""
-        inbox = self.engines[i].inbox
-        for n, message in enumerate(inbox):
-            if isinstance(message, UpdatePart) and not message.anchor and message.payload.size:
-                payload = message.payload.copy()
-                payload[-1] ^= 1
-                inbox[n] = dataclasses.replace(message, payload=payload)
-                return
-
-    def flip(self, i: int) -> None:
+    def flip(self, i: int, rank: int = 0) -> None:
         """A bit flips in a live parameter."""
-        parameters = list(self.engines[i].model.parameters())
-        chosen = parameters[int(self.rng.integers(len(parameters)))]
-        fingerprint.bits_of(chosen.data).view(-1)[0] ^= 1
+        parameters = list(self.engines[i].ranks[rank].model.parameters())
+        bits_of(parameters[int(self.rng.integers(len(parameters)))]).view(-1)[0] ^= 1
 
-    def settle(self, which: Iterable[int] = range(ENGINES), limit: int = 3000) -> None:
-        """Deliver everything there is, fairly, until a second goes by in which nobody has anything to say."""
-        chosen = [self.engines[i] for i in which]
+    def befall(self, fault: str, wire_: deque[Any]) -> None:
+        """A fault meets one of the messages on a wire.
+
+        Corruption only meets parts of updates, since everything else is short and left to TCP's checksum."""
+        if not wire_:
+            return
+        n = int(self.rng.integers(len(wire_)))
+        match fault:
+            case "lose":
+                del wire_[n]
+            case "repeat":
+                wire_.insert(int(self.rng.integers(n + 1, len(wire_) + 1)), wire_[n])
+            case "reorder":
+                message = wire_[n]
+                del wire_[n]
+                wire_.insert(int(self.rng.integers(len(wire_) + 1)), message)
+            case "corrupt" if isinstance(wire_[n], UpdatePart):
+                self.corrupt(wire_, n)
+
+    def corrupt(self, wire_: deque[Any], n: int) -> None:
+        """Some bits flip in a part, wherever; what cannot be read then is dropped, as the transport does."""
+        frames = [bytearray(frame) for frame in wire.encode(wire_[n])]
+        frame = frames[int(self.rng.integers(len(frames)))] or frames[0]
+        frame[int(self.rng.integers(len(frame)))] ^= int(self.rng.integers(1, 256))
+        try:
+            wire_[n] = wire.decode([bytes(each) for each in frames])
+        except WireError:
+            del wire_[n]
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def all_ranks(self, which: Iterable[int] = range(ENGINES)) -> list[Rank]:
+        return [rank for i in which for rank in self.engines[i].ranks]
+
+    def settle(self, which: Iterable[int] = range(ENGINES), limit: int = 4000) -> None:
+        """Deliver everything there is, fairly, until time passes and nobody has anything to say."""
+        chosen, self.busy = list(which), False
+        self.work()
         for _ in range(limit):
-            if not any(e.inbox or e.outbox or e.ordered for e in chosen):
-                for engine in chosen:
-                    engine.beat()
-                if all([type(m) for m in e.outbox] == [Alive] for e in chosen):
-                    for engine in chosen:
-                        self.hear(engine.peer, engine.outbox.popleft())
-                if not any(e.inbox or e.outbox for e in chosen):
-                    return
-            for engine in chosen:
-                engine.step()
-                self.publisher_step(self.engines.index(engine))
+            if all(self.engines[i].is_at_rest() for i in chosen) and self._all_said(chosen):
+                return
+            for i in chosen:
+                for rank in range(self.ranks):
+                    self.engines[i].step(rank)
+                    self.publisher_step(i, rank)
         raise AssertionError("publisher and engines never come to rest")
+
+    def _all_said(self, chosen: list[int]) -> bool:
+        ranks = self.all_ranks(chosen)
+        for rank in ranks:
+            rank.beat()
+        if all([type(message) for message in rank.outbox] == [Alive] for rank in ranks):
+            for rank in ranks:
+                self.hear(rank.peer, rank.outbox.popleft())
+        # who is left out on purpose would be reminded too
+        waits = len(chosen) == ENGINES and self.remind()
+        return not waits and all(self.engines[i].is_at_rest() for i in chosen)
 
     def finish(self, which: Iterable[int] = range(ENGINES)) -> None:
         assert self.chain.version is not None
-        self.route(self.delivery.finish(self.chain.version), None, "")
+        self.route(self.delivery.finish(self.chain.version))
         self.settle(which)
 
     def assert_all_newest(self) -> None:
-        for engine in self.engines:
-            assert engine.live.version == self.newest
-            assert same_bits(engine.model.live(), self.line[-1])
+        for rank in self.all_ranks():
+            assert rank.live.version == self.newest
+            assert rank.holds(self.line[-1])
 
     def of(self, kind: type[Any], engine: int = 0) -> list[Any]:
         return [report for report in self.reports if isinstance(report, kind) and report.engine == f"engine-{engine}"]
 
 
-class Ranks:
-    """An engine of several ranks whose fingerprints add up to the model's."""
-
-    def __init__(self, ranks: int, verify_every: int = 0) -> None:
-        self.ranks, tensors = ranks, make_tensors(0)
-        self.chain = make_chain(tensors, 1 << 20)
-        self.next = perturbed(tensors, np.random.default_rng(0), 0.3)
-        self.delivery = Delivery(RUN, 0, self.chain, verify_every, math.inf, lambda: 0.0)
-
-    def share(self, version: Version, rank: int) -> str:
-        """Random shares that add up to the version's fingerprint."""
-        shares = [int(n) for n in np.random.default_rng(version.step).integers(0, 2**63, self.ranks)]
-        shares[-1] = (int(self.chain.hashes[version], 16) - sum(shares[:-1])) % (1 << 64)
-        return fingerprint.text(shares[rank])
-
-    def tell(self, kind: type[Any], rank: int, **fields: Any) -> Outgoing:
-        return self.delivery.handle(f"e/{rank}".encode(), kind(engine="e", incarnation=1, rank=rank, **fields))
-
-    def hello(self, rank: int) -> Outgoing:
-        return self.tell(
-            EngineHello, rank, run=RUN, ranks=self.ranks, version=FIRST, weights_hash=self.share(FIRST, rank)
-        )
-
-    def staged(self, rank: int, problem: str = "", attempt: int = 1) -> Outgoing:
-        return self.tell(Staged, rank, target=Version(0, 1), attempt=attempt, problem=problem)
-
-    def live(self, rank: int, **change: Any) -> Outgoing:
-        fields = {
-            "weights_hash": self.share(Version(0, 1), rank),
-            "stage_seconds": 1.0 + rank,
-            "stall_seconds": 0.5,
-        } | change
-        return self.tell(Live, rank, target=Version(0, 1), **fields)
-
-    def begin(self) -> Outgoing:
-        for rank in range(self.ranks):
-            assert self.hello(rank) == []
-        self.chain.advance(Version(0, 1), bits_of(self.next))
-        return self.delivery.advance()
-
-
-ACTIONS = ["advance", "engine", "engine", "engine", "publisher", "publisher", "publisher"]
+ACTIONS = ["advance", "engine", "engine", "engine", "publisher", "publisher", "publisher", "busy", "remind"]
+FAULTS = ["lose", "repeat", "reorder", "corrupt"]
 
 
 def play(world: World, data: st.DataObject, extra: list[str]) -> None:
     """A random run of everything that can happen, then a fair end."""
     for action in data.draw(st.lists(st.sampled_from([*ACTIONS, *extra]), max_size=80)):
-        i = data.draw(st.integers(0, ENGINES - 1))
+        i, rank = data.draw(st.integers(0, ENGINES - 1)), data.draw(st.integers(0, world.ranks - 1))
+        engine = world.engines[i]
         world.now += 1.0
         match action:
             case "advance":
                 world.advance(data.draw(st.sampled_from([0.0, 0.02, 0.3, 1.0])))
             case "engine":
                 for _ in range(data.draw(st.sampled_from([1, 1, 3, 20]))):
-                    world.engines[i].step()
+                    engine.step(rank)
             case "publisher":
-                world.publisher_step(i)
+                for _ in range(data.draw(st.sampled_from([1, 1, 3, 20]))):
+                    world.publisher_step(i, rank)
+            case "busy":
+                world.busy = not world.busy
+            case "remind":
+                world.remind()
             case "restart":
                 world.restart(i)
             case "restart_publisher":
@@ -343,19 +301,18 @@ def play(world: World, data: st.DataObject, extra: list[str]) -> None:
             case "fork":
                 world.fork(data.draw(st.integers(0, 3)))
             case "take":  # a commit may be on its way
-                world.engines[i].take()
+                engine.ranks[rank].take()
             case "beat":
-                world.engines[i].beat()
+                engine.ranks[rank].beat()
             case "greet":
-                world.engines[i].greet()
+                engine.ranks[rank].greet()
             case "stale" if world.stale:
                 world.hear(*world.stale.popleft())
-            case "corrupt":
-                world.corrupt(i)
             case "flip":
-                world.flip(i)
-            case "repeat" if world.engines[i].outbox and not isinstance(world.engines[i].outbox[-1], EngineHello):
-                world.engines[i].outbox.append(world.engines[i].outbox[-1])
+                world.flip(i, rank)
+            case "lose" | "repeat" | "reorder" | "corrupt":
+                way = engine.ranks[rank].outbox if data.draw(st.booleans()) else engine.ranks[rank].inbox
+                world.befall(action, way)
     world.settle()
     while world.stale:
         world.hear(*world.stale.popleft())

@@ -16,8 +16,12 @@ from typing import Any, TypeVar
 import aiohttp
 import numpy as np
 import torch
+from update_builders import FlatBits, dtypes_of, flat
 
-from engines.weights.chain import snapshot_parts
+from engines.weights.chain import differences
+from engines.weights.codes import payload
+from engines.weights.codes.payload import Code
+from engines.weights.parts import Line, cut, dense_pieces
 from stream_rl import config
 from stream_rl.messages import (
     Ack,
@@ -27,8 +31,11 @@ from stream_rl.messages import (
     Hello,
     LearnerDone,
     Refused,
-    SnapshotTaken,
+    UpdatePart,
+    VersionOffer,
     VersionReport,
+    VersionTaken,
+    VersionWanted,
     Welcome,
 )
 from stream_rl.transport import Dealer, Router
@@ -61,6 +68,8 @@ class EngineHarness:
         self.stats_seen = 0
         self.problems: Counter[str] = Counter()
         self.answer_acks = True
+        self._published: tuple[Version, FlatBits] | None = None
+        """What the publisher was handed last."""
         self.processes: list[subprocess.Popen[bytes]] = []
         self.recipe = config.Recipe(
             run=config.Run(name="harness", steps=1, directory=str(directory)),
@@ -89,6 +98,7 @@ class EngineHarness:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout)
 
     def start(self) -> None:
+        payload.prepare()
         recipe = self.directory / "recipe.toml"
         config.dump(self.recipe, recipe)
         queue_address = self.call(self._open_queue())
@@ -203,16 +213,27 @@ class EngineHarness:
     # -- what tests do ---------------------------------------------------------------------------------------
 
     def publish(self, version: Version, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Play the learner: hand a version to the publisher."""
-        parts = snapshot_parts(RUN, version, tensors, 100_000)
+        """Play the learner: hand a version to the publisher, as what changed against the one before."""
+        named = {name: tensor.detach() for name, tensor in tensors}
+        bits, dtypes = flat(named), dtypes_of(named)
+        base, old = self._published or (version, bits)
+        self._published = version, bits
 
         async def send() -> None:
-            for part in parts:
+            await self._learner.send(VersionOffer(base=base, target=version))
+            answer = await self._learner.receive(30)
+            assert isinstance(answer, VersionWanted) and answer.anchor == (base == version)
+            for part in self._parts(Line(RUN, base, version, answer.anchor), old, bits, dtypes):
                 await self._learner.send(part)
-            taken = await self._learner.receive(30)
-            assert isinstance(taken, SnapshotTaken)
+            assert isinstance(await self._learner.receive(30), VersionTaken)
 
         self.call(send())
+
+    def _parts(self, line: Line, old: FlatBits, new: FlatBits, dtypes: dict[str, torch.dtype]) -> list[UpdatePart]:
+        pieces = differences(old, new, dtypes)
+        if line.anchor:
+            pieces = [piece for name, bits in new.items() for piece in dense_pieces(name, dtypes[name], bits)]
+        return cut(pieces, line, Code.FAST, self.recipe.weights.part_bytes)
 
     def refuse_engine(self, reason: str) -> None:
         """Play a queue that knows of a newer incarnation."""

@@ -10,11 +10,12 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import numpy as np
+import torch
 from huggingface_reference import OPTIMIZER, write_random_model
 
 from actors import learner
 from engines.weights import fingerprint
-from engines.weights.chain import snapshot_tensors
+from engines.weights.parts import apply_, read
 from stream_rl import config
 from stream_rl import messages as m
 from stream_rl.transport import Router
@@ -154,37 +155,55 @@ class FakeQueue(Peer):
 class FakePublisher(Peer):
     def __init__(self) -> None:
         super().__init__()
-        self.parts: dict[int, m.Snapshot] = {}
+        self.parts: dict[int, m.UpdatePart] = {}
         self.version: Version | None = None
+        self.bits: dict[str, torch.Tensor] = {}
         self.hashes: dict[Version, str] = {}
         self.taken: list[Version] = []
+        self.anchors: list[Version] = []
+        """Of those taken, the ones that came as all weights."""
         self.done: m.LearnerDone | None = None
 
     def forget(self) -> None:
-        self.parts, self.version, self.done = {}, None, None
+        self.parts, self.version, self.bits, self.done = {}, None, {}, None
 
     def answer(self, peer: bytes, message: Any) -> list[Any]:
         match message:
-            case m.SnapshotOffer(version=version):
-                assert self.version is None or version >= self.version
-                taken = version == self.version
-                return [m.SnapshotTaken(version=version) if taken else m.SnapshotWanted(version=version)]
-            case m.Snapshot(version=version):
-                if any(part.version != version for part in self.parts.values()):
+            case m.VersionOffer(base=base, target=target):
+                if target == self.version:
+                    return [m.VersionTaken(target=target)]
+                assert self.version is None or target > self.version
+                return [m.VersionWanted(target=target, anchor=base != self.version)]
+            case m.UpdatePart(target=target):
+                if any(part.target != target or part.anchor != message.anchor for part in self.parts.values()):
                     self.parts = {}
                 self.parts[message.part] = message
-                if len(self.parts) < message.parts:
-                    return []
-                tensors = {name: bits for part in self.parts.values() for name, bits in snapshot_tensors(part).items()}
-                total = sum(fingerprint.tensor_sum(name, bits) for name, (_, bits) in tensors.items())
-                self.parts, self.version = {}, version
-                self.hashes[version] = fingerprint.text(total % (1 << 64))
-                self.taken.append(version)
-                return [m.SnapshotTaken(version=version)]
+                if len(self.parts) == message.parts:
+                    self.take(list(self.parts.values()))
+                    self.parts = {}
+                return [m.VersionTaken(target=target)] if self.version == target else []
             case m.LearnerDone():
                 assert self.version == message.final
                 self.done = message
         return []
+
+    def take(self, parts: list[m.UpdatePart]) -> None:
+        first, pieces = parts[0], [piece for part in parts for piece in read(part)]
+        if first.anchor:
+            self.anchors.append(first.target)
+            dense: dict[str, list[torch.Tensor]] = {}
+            for piece in sorted(pieces, key=lambda piece: piece.start):
+                assert piece.change.new is not None
+                dense.setdefault(piece.name, []).append(piece.change.new)
+            self.bits = {name: torch.cat(several) for name, several in dense.items()}
+        else:
+            assert first.base == self.version
+            for piece in pieces:
+                apply_(self.bits[piece.name][piece.start : piece.stop], piece.change)
+        total = sum(fingerprint.tensor_sum(name, bits) for name, bits in self.bits.items())
+        self.version = first.target
+        self.hashes[first.target] = fingerprint.text(total % (1 << 64))
+        self.taken.append(first.target)
 
 
 class Around:

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 from huggingface_reference import OPTIMIZER
 
-from algorithms.losses import PPOClip
+from algorithms.losses import make_loss
 from engines.megatron.learner import MegatronLearner
-from stream_rl.config import Learner
+from stream_rl.config import Algorithm, Learner
 from stream_rl.types import TrainingBatch
 
 LENGTHS = [33, 7, 20, 50, 12, 12, 40, 5, 64, 3]
-PPO = PPOClip(clip_low=0.2, clip_high=0.2, importance_cap=2.0)
+PPO = make_loss("ppo_clip", Algorithm())
 TEMPERATURE = 0.7
 
 

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from delivery_builders import plugin_settings
+from engine_builders import plugin_settings
 from streaming_builders import Reason, Request
 from weights_builders import FIRST, RUN, Tensors, commit, make_live, make_tensors
 
@@ -90,10 +90,10 @@ class PluginHost:
             await asyncio.sleep(0.001)
             now = time.perf_counter()
             self.stream.flush_overdue(now)
-            target = self.thread.take_commit_order() if self.committing else None
-            if target is not None:
-                commit(self.weights, target)
-                self.thread.post_live(target, 0.0, "")
+            order = self.thread.take_commit_order() if self.committing else None
+            if order is not None:
+                commit(self.weights, *order)
+                self.thread.post_live(*order, 0.0, self.turns, "")
             running = [request for request in self.requests if not request.finished_output]
             for request in running:
                 request.sample(1, self.weights.version, now)

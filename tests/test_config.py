@@ -62,6 +62,10 @@ def field_values(hint: Any) -> st.SearchStrategy[Any]:
         str: st.text(max_size=20),
         bool: st.booleans(),
         dict[str, int]: st.dictionaries(st.text(max_size=6), st.integers(-(2**63), 2**63 - 1), max_size=3),
+        tuple[str, ...]: st.lists(st.text(max_size=20), max_size=3).map(tuple),
+        dict[str, tuple[float, float]]: st.dictionaries(
+            st.text(max_size=6), st.tuples(st.floats(allow_nan=False), st.floats(allow_nan=False)), max_size=3
+        ),
     }
     return simple.get(hint, OPTIONS)
 

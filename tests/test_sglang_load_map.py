@@ -7,10 +7,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from update_builders import dtypes_of, flat
 from weights_builders import (
     FUSED,
     SHAPES,
     Model,
+    Shard,
     Tensors,
     make_tensors,
     map_of,
@@ -20,7 +22,11 @@ from weights_builders import (
 )
 
 from engines.sglang.load_map import LoadMap, TensorShape, trace
-from engines.weights import codec, fingerprint
+from engines.sglang.writes import Writes, joined, placed
+from engines.weights import fingerprint
+from engines.weights import parts as parts_module
+from engines.weights.chain import differences
+from engines.weights.parts import dense_pieces
 from stream_rl.errors import WeightsError
 
 LIGHT = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), database=None)
@@ -28,7 +34,18 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def traced(model: Model, shapes: Mapping[str, TensorShape] | None = None) -> LoadMap:
-    return trace(model.named_parameters(), model.load_weights, shapes or tensor_shapes())
+    return LoadMap(trace(model.named_parameters(), model.load_weights, shapes or tensor_shapes()))
+
+
+def write(load_map: LoadMap, old: Tensors, new: Tensors) -> Writes:
+    """Carry out what turns one into the other."""
+    writes = joined([placed(differences(flat(old), flat(new), dtypes_of(new)), load_map, False)], load_map)
+    writes.write()
+    return writes
+
+
+def total(load_map: LoadMap) -> int:
+    return sum(load_map.live_sums().values()) % (1 << 64)
 
 
 def refusal(model: Model, shapes: Mapping[str, TensorShape] | None = None) -> str:
@@ -47,38 +64,62 @@ def test_tracing_finds_fused_and_tied_parameters_and_changes_no_bit(dtype: torch
     model.load_weights(tensors.items())
     load_map = map_of(model, dtype)
     assert same_bits(model.live(), tensors)
-    assert set(load_map.pieces) == set(SHAPES)
-    for name, pieces in load_map.pieces.items():
-        [piece] = pieces
-        assert piece.whole
+    assert set(load_map.held) == set(SHAPES)
+    for name, held in load_map.held.items():
+        [(box, holders)] = held
+        assert (box.offset, box.rows, box.columns, holders) == (0, 1, tensors[name].numel(), (0,))
         target, start = FUSED.get(name, (name, 0))
         parameter = getattr(model, target)
-        assert piece.live.data_ptr() == parameter.data_ptr() + start * 4 * parameter.element_size()
-        assert piece.live.numel() == tensors[name].numel()
+        assert box.view(load_map.arena(dtype)).data_ptr() == parameter.data_ptr() + start * 4 * dtype.itemsize
 
 
 @LIGHT
-@given(st.integers(0, 2**32 - 1), st.sampled_from(DTYPES), st.floats(0, 1))
-def test_writes_make_exactly_the_update_live(seed: int, dtype: torch.dtype, share: float) -> None:
+@given(st.integers(0, 2**32 - 1), st.sampled_from(DTYPES), st.floats(0, 1), st.sampled_from([3, 7, 1 << 22]))
+def test_writes_make_exactly_the_update_live(seed: int, dtype: torch.dtype, share: float, slice_: int) -> None:
     old = make_tensors(seed, dtype)
     new = perturbed(old, np.random.default_rng(seed), share)
     model = Model(dtype)
     model.load_weights(old.items())
     load_map = map_of(model, dtype)
-    for name in SHAPES:
-        before, after = (fingerprint.bits_of(t[name]).reshape(-1) for t in (old, new))
-        update = codec.diff(name, dtype, before, after)
-        if update is None:
-            continue
-        writes = load_map.writes(update)
-        assert same_bits({name: model.live()[name]}, {name: old[name]}), "nothing is written before it is applied"
-        where = torch.arange(before.numel())
-        assert torch.equal(load_map.read(name, where), before)
-        for write in writes:
-            write.apply()
-        assert torch.equal(load_map.read(name, where), after)
-        assert load_map.live_sum(name) == fingerprint.tensor_sum(name, after)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts_module, "SLICE", slice_)
+        pieces = differences(flat(old), flat(new), dtypes_of(new))
+    before = total(load_map)
+    writes = joined([placed([piece], load_map, False) for piece in pieces], load_map)
+    assert same_bits(model.live(), old), "nothing is written before it is told to"
+    assert len(writes.scatters) <= 1, "one launch for all tensors"
+    writes.write()
     assert same_bits(model.live(), new)
+    assert total(load_map) == (before + sum(writes.gained.values())) % (1 << 64) == fingerprint.model_sum(new.items())
+    for name, tensor in new.items():
+        assert torch.equal(load_map.read(name, 0, tensor.numel()), fingerprint.bits_of(tensor).reshape(-1))
+
+
+@pytest.mark.parametrize("scattered", [0, 1 << 16])
+def test_dense_pieces_are_written_by_copies_or_scattered_and_count_the_same(
+    scattered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.sglang.writes.SCATTERED", scattered)
+    monkeypatch.setattr(parts_module, "SLICE", 7)
+    old, new = make_tensors(0), make_tensors(1)
+    for models in ([Model()], [Shard(rank, 4) for rank in range(4)]):
+        traces = [trace(model.named_parameters(), model.load_weights, tensor_shapes()) for model in models]
+        counted = 0
+        for rank, (model, traced) in enumerate(zip(models, traces, strict=True)):
+            fresh = type(model)(*((rank, 4) if isinstance(model, Shard) else ()))
+            fresh.load_weights(new.items())
+            model.load_weights(old.items())
+            load_map = LoadMap(traced, rank, [each.rows() for each in traces])
+            before = load_map.live_sums()
+            pieces = [p for name, bits in flat(new).items() for p in dense_pieces(name, torch.bfloat16, bits)]
+            change, anchor = (joined([placed(pieces, load_map, flag)], load_map) for flag in (False, True))
+            assert anchor.covered == load_map.elements
+            change.write()
+            assert same_bits(dict(model.named_parameters()), dict(fresh.named_parameters()))
+            assert load_map.live_sums() == anchor.gained
+            assert anchor.gained == {k: (before[k] + gain) % (1 << 64) for k, gain in change.gained.items()}
+            counted += sum(n for holders, n in anchor.gained.items() if holders[0] == rank)
+        assert counted % (1 << 64) == fingerprint.model_sum(new.items())
 
 
 def test_a_head_that_is_loaded_twice_into_its_own_memory_is_held_twice() -> None:
@@ -97,28 +138,23 @@ def test_a_head_that_is_loaded_twice_into_its_own_memory_is_held_twice() -> None
     model, tensors = Untied(), make_tensors(0)
     model.load_weights(tensors.items())
     load_map = traced(model)
-    assert len(load_map.pieces["embed"]) == 2
-    new = make_tensors(1)["embed"]
-    update = codec.diff("embed", new.dtype, *(fingerprint.bits_of(t).reshape(-1) for t in (tensors["embed"], new)))
-    assert update is not None
-    for write in load_map.writes(update):
-        write.apply()
-    assert same_bits({"a": model.embed.data, "b": model.head.data}, {"a": new, "b": new})
-    assert load_map.live_sum("embed") == fingerprint.tensor_sum("embed", fingerprint.bits_of(new).reshape(-1))
+    assert [holders for _, holders in load_map.held["embed"]] == [(0,), ()]
+    new = tensors | {"embed": make_tensors(1)["embed"]}
+    writes = write(load_map, tensors, new)
+    assert same_bits({"a": model.embed.data, "b": model.head.data}, {"a": new["embed"], "b": new["embed"]})
+    assert total(load_map) == fingerprint.model_sum(new.items()), "it counts once"
+    assert writes.covered <= new["embed"].numel()
     fingerprint.bits_of(model.head.data).view(-1)[3] ^= 1
     with pytest.raises(WeightsError, match="embed"):
-        load_map.live_sum("embed")
+        load_map.live_sums()
 
 
 def test_a_fused_piece_does_not_reach_into_its_neighbours() -> None:
-    model = Model()
-    model.load_weights(make_tensors(0).items())
-    before = model.live()
-    new = make_tensors(1)["k"]
-    update = codec.TensorUpdate("k", new.dtype, None, fingerprint.bits_of(new).reshape(-1))
-    for write in traced(model).writes(update):
-        write.apply()
-    assert same_bits(model.live(), before | {"k": new})
+    model, tensors = Model(), make_tensors(0)
+    model.load_weights(tensors.items())
+    new = tensors | {"k": make_tensors(1)["k"]}
+    write(traced(model), tensors, new)
+    assert same_bits(model.live(), new)
 
 
 class Doubling(Model):
@@ -271,11 +307,11 @@ def test_a_model_that_pads_its_vocabulary_is_updated_and_its_padding_left_alone(
             else:
                 super().load_one(name, tensor)
 
-    model, new = Padded(), make_tensors(1)["embed"]
-    update = codec.TensorUpdate("embed", new.dtype, None, fingerprint.bits_of(new).reshape(-1))
-    for write in traced(model).writes(update):
-        write.apply()
-    assert same_bits({"": model.embed.data[:6]}, {"": new})
+    model, tensors = Padded(), make_tensors(0)
+    model.load_weights(tensors.items())
+    new = tensors | {"embed": make_tensors(1)["embed"]}
+    write(traced(model), tensors, new)
+    assert same_bits({"": model.embed.data[:6]}, {"": new["embed"]})
     assert bool((model.embed.data[6:] == 7.0).all())
 
 
@@ -287,6 +323,4 @@ def test_a_model_may_take_its_tensors_in_any_order_and_as_a_generator() -> None:
     tensors: Tensors = make_tensors(0)
     model = Backwards()
     model.load_weights(tensors.items())
-    load_map = traced(model)
-    total = sum(load_map.live_sum(name) for name in SHAPES) % (1 << 64)
-    assert total == fingerprint.model_sum(tensors.items())
+    assert total(traced(model)) == fingerprint.model_sum(tensors.items())

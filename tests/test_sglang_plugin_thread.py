@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from delivery_builders import plugin_settings
+from engine_builders import plugin_settings
 from fake_queue import FakeQueue
 from plugin_host import PluginHost, assert_streamed
 from weights_builders import RUN

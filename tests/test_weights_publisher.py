@@ -9,19 +9,23 @@ import pathlib
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+import threading
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from fake_queue import FakeQueue
+from fake_queue import FakeQueue, play
 from plugin_host import PluginHost
-from weights_builders import RUN, Tensors, hash_of, make_tensors, perturbed, same_bits
+from update_builders import anchor_parts, change_parts, dtypes_of, flat
+from weights_builders import FIRST, RUN, Tensors, hash_of, make_tensors, perturbed, same_bits
 
 from actors.hand_over import HandOver
-from engines.weights.chain import snapshot_parts
+from engines.weights.chain import Chain, differences
+from engines.weights.parts import Piece
 from engines.weights.publisher import Publisher
 from stream_rl import config
+from stream_rl.errors import StreamRLError
 from stream_rl.messages import (
     Alive,
     EngineVerified,
@@ -29,11 +33,11 @@ from stream_rl.messages import (
     LearnerDone,
     LeaseRequest,
     Refused,
-    Snapshot,
-    SnapshotOffer,
-    SnapshotTaken,
-    SnapshotWanted,
+    UpdatePart,
+    VersionOffer,
     VersionReport,
+    VersionTaken,
+    VersionWanted,
 )
 from stream_rl.session import Session
 from stream_rl.transport import Dealer, Router
@@ -42,32 +46,22 @@ from stream_rl.types import Version
 PART_BYTES = 60
 
 
-def play(scene: Callable[[], Awaitable[None]]) -> None:
-    """Run a scene that must end; a hang is a failure."""
-
-    async def bounded() -> None:
-        async with asyncio.timeout(60):
-            await scene()
-
-    asyncio.run(bounded())
-
-
-def make_recipe(**supervise: Any) -> config.Recipe:
+def make_recipe(**weights: Any) -> config.Recipe:
     return config.Recipe(
         run=config.Run(name=RUN, steps=1),
         model=config.Model(path=""),
         task=config.TaskChoice(use="none:None"),
         queue=config.Queue(min_tokens=1, max_tokens=1),
-        weights=config.Weights(verify_every=0, part_bytes=PART_BYTES),
-        supervise=config.Supervise(**{"retry_s": 0.2, **supervise}),
+        weights=config.Weights(**{"verify_every": 0, "part_bytes": PART_BYTES, "parts_ahead": 2, **weights}),
+        supervise=config.Supervise(retry_s=0.2),
     )
 
 
 class Publishing:
     """A publisher in this process that can be killed, and comes back at the same address knowing nothing."""
 
-    def __init__(self, queue: FakeQueue) -> None:
-        self._queue, self._incarnation = queue, 0
+    def __init__(self, queue: FakeQueue, recipe: config.Recipe) -> None:
+        self._queue, self._recipe, self._incarnation = queue, recipe, 0
         self.address = "tcp://127.0.0.1:0"
 
     async def start(self) -> None:
@@ -76,10 +70,10 @@ class Publishing:
         self.address = self._router.address
         self._dealer = Dealer.connect(self._queue.address, f"publisher-0@{self._incarnation}")
         hello = Hello(run=RUN, role="publisher", name="publisher-0", incarnation=self._incarnation, pid=1)
-        session = Session(self._dealer, hello, make_recipe().supervise)
+        session = Session(self._dealer, hello, self._recipe.supervise)
         await session.start()
-        publisher = Publisher(make_recipe(), RUN, self._incarnation, self._router, session)
-        self._loops = [asyncio.create_task(loop) for loop in (publisher.serve(), session.run(), publisher.listen())]
+        publisher = Publisher(self._recipe, RUN, self._incarnation, self._router, session)
+        self._loops = [asyncio.create_task(loop) for loop in (publisher.run(), session.run())]
 
     async def kill(self) -> None:
         for loop in self._loops:
@@ -90,19 +84,49 @@ class Publishing:
         assert all(isinstance(end, asyncio.CancelledError) for end in ends), ends
 
 
+class FakeLearner:
+    """A line of versions, and the hand-over of the newest."""
+
+    def __init__(self, dealer: Dealer, tensors: Tensors) -> None:
+        self.line, self.history, self.anchors = [tensors], 0, 0
+        self.hand_over = HandOver(dealer, RUN, make_recipe().weights, make_recipe().supervise, self.anchor)
+        self.hand_over.begin(FIRST)
+
+    @property
+    def version(self) -> Version:
+        return Version(self.history, len(self.line) - 1)
+
+    async def anchor(self) -> tuple[Version, list[UpdatePart]]:
+        self.anchors += 1
+        return self.version, anchor_parts(self.line[-1], self.version, PART_BYTES)
+
+    async def step(self, rng: np.random.Generator, share: float = 0.2) -> None:
+        self.line.append(perturbed(self.line[-1], rng, share))
+        await self.hand_over.put(self.version, changes_of(*self.line[-2:]))
+
+
+def changes_of(old: Tensors, new: Tensors) -> Callable[[], list[Piece]]:
+    return lambda: differences(flat(old), flat(new), dtypes_of(new))
+
+
 @contextlib.asynccontextmanager
-async def publishing() -> AsyncIterator[tuple[FakeQueue, Publishing, Dealer]]:
+async def publishing(**weights: Any) -> AsyncIterator[tuple[FakeQueue, Publishing, Dealer]]:
     """A queue, a publisher, and the learner's end of a conversation with it."""
     async with FakeQueue() as queue:
-        publisher = Publishing(queue)
+        publisher = Publishing(queue, make_recipe(**weights))
         await publisher.start()
         async with Dealer.connect(publisher.address, "learner-0@1") as learner:
             yield queue, publisher, learner
         await publisher.kill()
 
 
-def parts_of(version: Version, tensors: Tensors, run: str = RUN) -> list[Snapshot]:
-    return snapshot_parts(run, version, tensors.items(), PART_BYTES)
+@contextlib.asynccontextmanager
+async def learning(dealer: Dealer, tensors: Tensors) -> AsyncIterator[FakeLearner]:
+    learner = FakeLearner(dealer, tensors)
+    running = asyncio.create_task(learner.hand_over.run())
+    yield learner
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
 
 
 async def ask(learner: Dealer, *messages: Any) -> Any:
@@ -112,22 +136,28 @@ async def ask(learner: Dealer, *messages: Any) -> Any:
     return await learner.receive(10)
 
 
+async def offer(learner: Dealer, target: Version, base: Version | None = None) -> Any:
+    return await ask(learner, VersionOffer(base=target if base is None else base, target=target))
+
+
 async def assert_takes(learner: Dealer, version: Version, tensors: Tensors) -> None:
-    wanted = await ask(learner, SnapshotOffer(version=version))
-    assert isinstance(wanted, SnapshotWanted) and wanted.version == version
-    taken = await ask(learner, *parts_of(version, tensors))
-    assert isinstance(taken, SnapshotTaken) and taken.version == version
+    """All of it, which a publisher that does not hold its base asks for."""
+    wanted = await offer(learner, version)
+    assert isinstance(wanted, VersionWanted) and (wanted.target, wanted.anchor) == (version, True)
+    taken = await ask(learner, *anchor_parts(tensors, version, PART_BYTES))
+    assert isinstance(taken, VersionTaken) and taken.target == version
 
 
 def test_an_offer_is_wanted_until_the_version_is_there_and_taken_from_then_on() -> None:
     async def scene() -> None:
         async with publishing() as (_, publisher, learner):
             await assert_takes(learner, Version(0, 4), make_tensors(0))
+            await taken_in(learner, Version(0, 4))
             for step in (4, 3, 0):
-                answer = await ask(learner, SnapshotOffer(version=Version(0, step)))
-                assert isinstance(answer, SnapshotTaken) and answer.version == Version(0, step)
-            again = await ask(learner, *parts_of(Version(0, 4), make_tensors(0)))
-            assert isinstance(again, SnapshotTaken), "sent again by a learner that did not hear the first answer"
+                answer = await offer(learner, Version(0, step))
+                assert isinstance(answer, VersionTaken) and answer.target == Version(0, step)
+            again = await ask(learner, *anchor_parts(make_tensors(0), Version(0, 4), PART_BYTES))
+            assert isinstance(again, VersionTaken), "sent again by a learner that did not hear the first answer"
             await publisher.kill()
             await publisher.start()
             await assert_takes(learner, Version(0, 4), make_tensors(0))
@@ -136,45 +166,86 @@ def test_an_offer_is_wanted_until_the_version_is_there_and_taken_from_then_on() 
     play(scene)
 
 
-def test_a_learner_that_another_has_taken_the_place_of_is_refused_and_harms_nothing() -> None:
+async def taken_in(learner: Dealer, version: Version) -> None:
+    """An offer has no answer while the version is being read; the learner repeats it."""
+    async with asyncio.timeout(10):
+        while True:
+            await learner.send(VersionOffer(base=version, target=version))
+            with contextlib.suppress(StreamRLError):
+                assert isinstance(await learner.receive(0.2), VersionTaken)
+                return
+
+
+def test_what_changed_is_wanted_by_who_holds_the_base_and_all_of_it_by_who_does_not() -> None:
+    old, new = make_tensors(0), perturbed(make_tensors(0), np.random.default_rng(0), 0.2)
+
     async def scene() -> None:
-        async with publishing() as (_, publisher, learner), Dealer.connect(publisher.address, "learner-0@0") as dead:
-            await assert_takes(learner, Version(1, 2), make_tensors(0))
-            for message in (SnapshotOffer(version=Version(0, 9)), parts_of(Version(0, 9), make_tensors(1))[0]):
-                refused = await ask(dead, message)
-                assert isinstance(refused, Refused) and refused.reason == "old_history"
-                assert "0.9" in refused.detail and "1.2" in refused.detail
-            first, *rest = parts_of(Version(2, 0), make_tensors(2))
-            await learner.send(first)
-            refused = await ask(learner, parts_of(Version(1, 3), make_tensors(1))[0])
-            assert isinstance(refused, Refused) and "2.0" in refused.detail, "the newer one is on its way already"
-            assert isinstance(await ask(learner, *rest), SnapshotTaken)
+        async with publishing() as (_, publisher, learner):
+            await assert_takes(learner, FIRST, old)
+            wanted = await offer(learner, Version(0, 1), FIRST)
+            assert isinstance(wanted, VersionWanted) and not wanted.anchor
+            parts = change_parts(old, new, FIRST, Version(0, 1), part_bytes=8, sources=2)
+            assert len(parts) > 4 and {part.source for part in parts} == {0, 1}
+            for part in (*parts[1:], *parts[1:3]):
+                await learner.send(part)
+            taken = await ask(learner, parts[0])
+            assert isinstance(taken, VersionTaken) and taken.target == Version(0, 1)
+            wanted = await offer(learner, Version(0, 5), Version(0, 4))
+            assert isinstance(wanted, VersionWanted) and wanted.anchor, "it missed what led to the base"
+            await publisher.kill()
+            await publisher.start()
+            wanted = await offer(learner, Version(0, 2), Version(0, 1))
+            assert isinstance(wanted, VersionWanted) and wanted.anchor
 
     play(scene)
 
 
-def damaged(kind: str) -> list[Snapshot]:
+def test_a_learner_that_another_has_taken_the_place_of_is_refused_and_harms_nothing() -> None:
+    async def scene() -> None:
+        async with publishing() as (_, publisher, learner), Dealer.connect(publisher.address, "learner-0@0") as dead:
+            await assert_takes(learner, Version(1, 2), make_tensors(0))
+            old = Version(0, 9)
+            for message in (VersionOffer(base=old, target=old), anchor_parts(make_tensors(1), old)[0]):
+                refused = await ask(dead, message)
+                assert isinstance(refused, Refused) and refused.reason == "old_history"
+                assert "0.9" in refused.detail and "1.2" in refused.detail
+            await assert_takes(learner, Version(2, 0), make_tensors(2))
+            refused = await ask(dead, anchor_parts(make_tensors(1), Version(1, 3))[0])
+            assert isinstance(refused, Refused) and "2.0" in refused.detail
+
+    play(scene)
+
+
+def damaged(kind: str) -> list[UpdatePart]:
     """A version that a publisher which is at 0.0 refuses, for the reason named, once the last part is there."""
-    tensors = make_tensors(1)
+    tensors, version = make_tensors(1), Version(0, 1)
     if kind == "other_tensors":
         tensors.pop("norm")
-    *rest, last = parts_of(Version(0, 1), tensors)
+    parts = anchor_parts(tensors, version, PART_BYTES)
+    if kind == "other_base":
+        parts = change_parts(make_tensors(0), tensors, Version(0, 7), version, part_bytes=PART_BYTES)
+    *rest, last = parts
     change = {
         "other_run": {"run": "other"},
         "bad_part": {"part": last.parts},
+        "bad_source": {"source": 3},
         "short_payload": {"payload": last.payload[1:]},
     }.get(kind, {})
     return [*rest, dataclasses.replace(last, **change)]
 
 
-@pytest.mark.parametrize("kind", ["other_tensors", "short_payload", "bad_part", "other_run"])
-def test_a_snapshot_that_makes_no_sense_is_refused_by_name_and_the_next_is_taken(kind: str) -> None:
+@pytest.mark.parametrize(
+    "kind", ["other_tensors", "other_base", "short_payload", "bad_part", "bad_source", "other_run"]
+)
+def test_an_update_that_makes_no_sense_is_refused_by_name_and_the_next_is_taken(kind: str) -> None:
+    reason = {"bad_part": "bad_part", "bad_source": "bad_part", "other_run": "other_run"}.get(kind, "bad_update")
+
     async def scene() -> None:
         async with publishing() as (_, _, learner):
-            await assert_takes(learner, Version(0, 0), make_tensors(0))
+            await assert_takes(learner, FIRST, make_tensors(0))
             refused = await ask(learner, *damaged(kind))
             assert isinstance(refused, Refused) and refused.detail
-            assert refused.reason == (kind if kind in ("bad_part", "other_run") else "bad_snapshot")
+            assert refused.reason == reason
             await assert_takes(learner, Version(0, 2), make_tensors(2))
 
     play(scene)
@@ -191,52 +262,108 @@ def test_peers_that_the_publisher_does_not_know_are_told_so() -> None:
 
 @pytest.mark.parametrize("kills", [1, 6])
 def test_engines_follow_the_learner_over_restarts_of_the_publisher_and_of_the_queue(kills: int) -> None:
-    rng = np.random.default_rng(kills)
-    line = [make_tensors(0)]
+    rng, first = np.random.default_rng(kills), make_tensors(0)
 
     async def scene() -> None:
-        async with publishing() as (queue, publisher, learner):
-            hand_over = HandOver(learner, make_recipe().supervise)
-            handing = asyncio.create_task(hand_over.run())
-            await hand_over.put(parts_of(Version(0, 0), line[0]))
-            async with (
-                PluginHost(queue.address, publisher.address, tensors=line[0]) as host,
-                PluginHost(queue.address, publisher.address, tensors=line[0], engine="engine-1") as other,
-            ):
-                hosts = [host, other]
-                for n in range(kills):
-                    host.committing = n % 2 == 0  # or else an order waits in the scheduler while its publisher dies
-                    line.append(perturbed(line[-1], rng, 0.2))
-                    await hand_over.put(parts_of(Version(0, len(line) - 1), line[-1]))
-                    await host.after(int(rng.integers(60)))
-                    await publisher.kill()
-                    if n % 3 == 1:
-                        await queue.restart()
-                    host.committing = True
-                    await host.after(int(rng.integers(60)))
-                    await publisher.start()
-                final = Version(0, len(line) - 1)
-                done = LearnerDone(final=final, weights_hash=hash_of(line[-1]))
-                await hand_over.finish(done)
-                await queue.until(lambda: verified(queue, final) == {"engine-0", "engine-1"})
-                for each in hosts:
-                    assert each.weights.version == final and same_bits(each.model.live(), line[-1])
-                    assert each.counters.faults == 0
-                reports = queue.of(EngineVerified) + queue.of(VersionReport)
-                assert all(getattr(report, "hash_matches", True) for report in reports)
-                assert {r.weights_hash for r in queue.of(EngineVerified)} == {hash_of(line[-1])}
+        async with (
+            publishing() as (queue, publisher, dealer),
+            learning(dealer, first) as learner,
+            PluginHost(queue.address, publisher.address, tensors=first) as host,
+            PluginHost(queue.address, publisher.address, tensors=first, engine="engine-1") as other,
+        ):
+            hosts = [host, other]
+            for n in range(kills):
+                host.committing = n % 2 == 0  # or else an order waits in the scheduler while its publisher dies
+                for _ in range(int(rng.integers(1, 4))):
+                    await learner.step(rng)
+                await host.after(int(rng.integers(60)))
+                await publisher.kill()
+                if n % 3 == 1:
+                    await queue.restart()
+                host.committing = True
+                await host.after(int(rng.integers(60)))
+                await publisher.start()
+            final = learner.version
+            await learner.hand_over.finish(LearnerDone(final=final, weights_hash=hash_of(learner.line[-1])))
+            await queue.until(lambda: verified(queue, final) == {"engine-0", "engine-1"})
+            for each in hosts:
+                assert each.weights.version == final and same_bits(each.model.live(), learner.line[-1])
+                assert each.counters.faults == 0
+            reports = queue.of(EngineVerified) + queue.of(VersionReport)
+            assert all(getattr(report, "hash_matches", True) for report in reports)
+            assert {r.weights_hash for r in queue.of(EngineVerified)} == {hash_of(learner.line[-1])}
+            assert learner.anchors <= kills + 1
 
-                queue.heard.clear()
-                await queue.restart()  # what the end of the run hangs on is said again
-                await queue.until(lambda: verified(queue, final) == {"engine-0", "engine-1"})
-            handing.cancel()
-            await asyncio.gather(handing, return_exceptions=True)
+            queue.heard.clear()
+            await queue.restart()  # what the end of the run hangs on is said again
+            await queue.until(lambda: verified(queue, final) == {"engine-0", "engine-1"})
 
     play(scene)
 
 
 def verified(queue: FakeQueue, version: Version) -> set[str]:
     return {report.engine for report in queue.of(EngineVerified) if report.version == version}
+
+
+def live(queue: FakeQueue, engine: str = "engine-0") -> list[VersionReport]:
+    return [report for report in queue.of(VersionReport) if report.engine == engine]
+
+
+def test_what_changes_while_the_publisher_is_slow_comes_as_one_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds one version in hand while it reads another; the learner puts the rest together, and waits for nobody."""
+    rng, first = np.random.default_rng(0), make_tensors(0)
+    gate, take = threading.Event(), Chain.take
+
+    def slow(chain: Chain, *args: Any) -> None:
+        assert gate.wait(20)
+        take(chain, *args)
+
+    async def scene() -> None:
+        async with (
+            publishing() as (queue, publisher, dealer),
+            learning(dealer, first) as learner,
+            PluginHost(queue.address, publisher.address, tensors=first) as host,
+        ):
+            gate.set()
+            await learner.step(rng, 0.02)
+            await queue.until(lambda: any(report.version == Version(0, 1) for report in live(queue)))
+            gate.clear()
+            for _ in range(12):
+                await asyncio.wait_for(learner.step(rng, 0.02), 1.0)
+                await asyncio.sleep(0.02)
+            gate.set()
+            await queue.until(lambda: any(report.version == learner.version for report in live(queue)))
+            assert same_bits(host.model.live(), learner.line[-1])
+            assert len(live(queue)) < 8 and learner.anchors == 1
+            assert all(report.hash_matches for report in live(queue))
+
+    monkeypatch.setattr(Chain, "take", slow)
+    play(scene)
+
+
+def test_an_anchor_that_is_asked_for_while_changes_wait_brings_them_too() -> None:
+    rng, first = np.random.default_rng(0), make_tensors(0)
+
+    async def scene() -> None:
+        async with (
+            publishing() as (queue, publisher, dealer),
+            learning(dealer, first) as learner,
+            PluginHost(queue.address, publisher.address, tensors=first) as host,
+        ):
+            await learner.step(rng)
+            await queue.until(lambda: any(report.version == Version(0, 1) for report in live(queue)))
+            await publisher.kill()
+            for _ in range(3):
+                await learner.step(rng)
+            await publisher.start()
+            await queue.until(lambda: any(report.version == learner.version for report in live(queue)))
+            assert same_bits(host.model.live(), learner.line[-1])
+            assert learner.anchors == 2
+            await learner.step(rng, 0.02)
+            await queue.until(lambda: any(report.version == learner.version for report in live(queue)))
+            assert not live(queue)[-1].anchor and same_bits(host.model.live(), learner.line[-1])
+
+    play(scene)
 
 
 def test_a_publisher_process_that_was_killed_comes_back_at_its_address(tmp_path: pathlib.Path) -> None:

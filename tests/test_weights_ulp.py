@@ -217,6 +217,11 @@ def test_the_compiled_loops_do_what_the_readable_ones_do(
         expected, got = (getattr(module, name)(*arguments) for module in (arrays, loops))
         for a, b in zip(expected, got, strict=True):
             assert a.dtype == b.dtype and np.array_equal(a, b), name
+    for name, summed in {
+        "element_sum": (seed - (1 << 31), indices, new.numpy()[indices]),
+        "run_sum": (-(1 << 63), seed, base),
+    }.items():
+        assert getattr(loops, name)(*summed) == getattr(arrays, name)(*summed), name
     lives = base.copy(), base.copy()
     arrays.apply(lives[0], indices, steps)
     loops.apply(lives[1], indices, steps)

@@ -227,8 +227,9 @@ def test_messages_are_frozen_and_take_keywords_only() -> None:
     ids=["strided", "reversed", "fortran", "empty", "large"],
 )
 def test_arrays_travel_whatever_their_layout(array: np.ndarray[Any, Any]) -> None:
-    message = messages.Snapshot(
-        run="r", version=Version(0, 1), part=0, parts=1, names=[], dtypes=[], shapes=[], payload=array
+    version, columns = Version(0, 1), {name: [] for name in ("names", "starts", "counts", "dtypes")}
+    message = messages.UpdatePart(
+        run="r", base=version, target=version, anchor=True, part=0, parts=1, checksum=0, payload=array, **columns
     )
     decoded = decode([bytes(frame) for frame in encode(message)])
     assert decoded.payload.shape == array.shape
@@ -379,7 +380,7 @@ def test_a_field_of_another_type_is_refused(field: str, value: Any) -> None:
 )
 def test_a_version_that_is_no_pair_of_integers_is_refused(version: Any) -> None:
     frames = changed(
-        lambda header: header[2].__setitem__("version", version), messages.SnapshotTaken(version=Version(0, 1))
+        lambda header: header[2].__setitem__("target", version), messages.VersionTaken(target=Version(0, 1))
     )
     assert refusal(frames) == "field_type"
 

@@ -1,5 +1,4 @@
-"""Small builders for the weights' tests: a torch model that fuses and ties as SGLang's do, tensors of any bits, chains
-of versions."""
+"""Small builders for the weights' tests: a torch model that fuses and ties as SGLang's do, tensors of any bits."""
 
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -10,15 +9,12 @@ import torch
 from engines.sglang.load_map import LoadMap, TensorShape, trace
 from engines.sglang.staging import LiveWeights
 from engines.weights import fingerprint
-from engines.weights.chain import Chain
-from stream_rl.messages import (
-    UpdatePart,
-)
+from stream_rl.messages import UpdatePart
 from stream_rl.types import Version
 
 RUN = "r"
 FIRST = Version(0, 0)
-VOCABULARY, HIDDEN, INNER, QUERY, KEY = 6, 4, 5, 4, 2
+VOCABULARY, HIDDEN, INNER, QUERY, KEY = 6, 4, 8, 4, 2
 SHAPES: dict[str, tuple[int, ...]] = {
     "embed": (VOCABULARY, HIDDEN),
     "q": (QUERY, HIDDEN),
@@ -38,7 +34,6 @@ FUSED = {
     "up": ("gate_up", INNER),
 }
 Tensors = dict[str, torch.Tensor]
-Bits = dict[str, tuple[torch.dtype, torch.Tensor]]
 
 
 def special_bits(dtype: torch.dtype) -> list[int]:
@@ -89,11 +84,6 @@ def perturbed(tensors: Tensors, rng: np.random.Generator, share: float) -> Tenso
     return new
 
 
-def bits_of(tensors: Tensors) -> Bits:
-    """As the publisher holds them."""
-    return {name: (t.dtype, fingerprint.bits_of(t).reshape(-1).clone()) for name, t in tensors.items()}
-
-
 def same_bits(a: Tensors, b: Tensors) -> bool:
     return a.keys() == b.keys() and all(
         a[name].dtype == b[name].dtype and torch.equal(fingerprint.bits_of(a[name]), fingerprint.bits_of(b[name]))
@@ -142,7 +132,47 @@ def tensor_shapes(dtype: torch.dtype = torch.bfloat16) -> dict[str, TensorShape]
 
 
 def map_of(model: Model, dtype: torch.dtype = torch.bfloat16) -> LoadMap:
-    return trace(model.named_parameters(), model.load_weights, tensor_shapes(dtype))
+    return LoadMap(trace(model.named_parameters(), model.load_weights, tensor_shapes(dtype)))
+
+
+class Shard(Model):
+    """One of several ranks: q, k, v, gate and up by rows (a head of k and v on several ranks, if they are too few),
+    down by columns, the vocabulary by rows and padded, everything else whole."""
+
+    def __init__(self, rank: int, ranks: int, dtype: torch.dtype = torch.bfloat16) -> None:
+        torch.nn.Module.__init__(self)
+        self.rank, self.ranks, self.vocabulary = rank, ranks, -(-VOCABULARY // ranks)
+        rows = {"q": QUERY // ranks, "k": max(1, KEY // ranks), "v": max(1, KEY // ranks)}
+        rows |= {"gate": INNER // ranks, "up": INNER // ranks}
+        self.rows = rows
+        self.starts = {"q": 0, "k": rows["q"], "v": rows["q"] + rows["k"], "gate": 0, "up": rows["gate"]}
+        made: dict[str, tuple[int, ...]] = {
+            "embed": (self.vocabulary, HIDDEN),
+            "qkv": (rows["q"] + 2 * rows["k"], HIDDEN),
+            "gate_up": (2 * rows["gate"], HIDDEN),
+            "down": (HIDDEN, INNER // ranks),
+            "norm": (HIDDEN,),
+            "scale": (),
+        }
+        for name, shape in made.items():
+            self.register_parameter(name, torch.nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False))
+        self.head = self.embed
+
+    def load_one(self, name: str, tensor: torch.Tensor) -> None:
+        if name in FUSED:
+            target, rows = getattr(self, FUSED[name][0]).data, self.rows[name]
+            first = self.rank * rows if name not in "kv" else self.rank * KEY // self.ranks
+            target.narrow(0, self.starts[name], rows).copy_(tensor.narrow(0, first, rows))
+        elif name == "embed":
+            first = min(self.rank * self.vocabulary, VOCABULARY)
+            some = tensor.narrow(0, first, min(self.vocabulary, VOCABULARY - first))
+            self.embed.data[: some.shape[0]].copy_(some)
+            self.embed.data[some.shape[0] :].fill_(0)
+        elif name == "down":
+            columns = INNER // self.ranks
+            self.down.data.copy_(tensor.narrow(1, self.rank * columns, columns))
+        else:
+            super().load_one(name, tensor)
 
 
 def make_live(tensors: Tensors, version: Version = FIRST) -> tuple[LiveWeights, Model]:
@@ -153,19 +183,26 @@ def make_live(tensors: Tensors, version: Version = FIRST) -> tuple[LiveWeights, 
     return LiveWeights(RUN, map_of(model, dtype), version), model
 
 
-def make_chain(tensors: Tensors, part_bytes: int = 40, keep: int = 8, version: Version = FIRST) -> Chain:
-    chain = Chain(RUN, part_bytes, keep)
-    chain.advance(version, bits_of(tensors))
-    return chain
+def make_shards(tensors: Tensors, ranks: int, version: Version = FIRST) -> list[tuple[LiveWeights, Model]]:
+    """The same, divided over the ranks of one engine."""
+    dtype = tensors["embed"].dtype
+    models = [Shard(rank, ranks, dtype) for rank in range(ranks)]
+    for model in models:
+        model.load_weights(tensors.items())
+    traced = [trace(model.named_parameters(), model.load_weights, tensor_shapes(dtype)) for model in models]
+    rows = [each.rows() for each in traced]
+    return [
+        (LiveWeights(RUN, LoadMap(each, rank, rows), version), model)
+        for rank, (each, model) in enumerate(zip(traced, models, strict=True))
+    ]
 
 
 def take(live: LiveWeights, parts: Iterable[UpdatePart]) -> Version | None:
-    """Receive parts in this order; what the last of them gave."""
-    staged = None
+    """Receive parts in this order; what is staged then."""
     for part in parts:
-        staged = live.receive(part)
-    return staged
+        assert live.receive(part)
+    return live.staged and live.staged[0]
 
 
-def commit(live: LiveWeights, target: Version) -> None:
-    live.commit(target, nullcontext)
+def commit(live: LiveWeights, target: Version, attempt: int = 0) -> None:
+    live.commit(target, attempt, nullcontext)

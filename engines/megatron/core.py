@@ -18,6 +18,9 @@ with warnings.catch_warnings():
     from megatron.core.optimizer import OptimizerConfig as OptimizerConfig
     from megatron.core.optimizer import get_megatron_optimizer as get_megatron_optimizer
     from megatron.core.optimizer import get_standard_config_overrides as get_standard_config_overrides
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer as DistributedOptimizer
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params as Float16OptimizerWithFloat16Params
+    from megatron.core.optimizer.optimizer import FP32Optimizer as FP32Optimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler as OptimizerParamScheduler
     from megatron.core.packed_seq_params import PackedSeqParams as PackedSeqParams
     from megatron.core.pipeline_parallel import get_forward_backward_func as get_forward_backward_func

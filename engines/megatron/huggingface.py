@@ -1,7 +1,6 @@
 """Weights between a Hugging Face checkpoint and megatron-core's local spec: names and layouts, exact both ways.
 
-Pure functions over tensors.  megatron-core fuses query, key and value, interleaved by key head (the query heads that a
-key head serves, then its key, then its value), and stacks the MLP's gate on its up projection.
+Pure functions over tensors.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,12 +8,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from engines.megatron.layout import EMBEDDING, FINAL_NORM, OUTPUT, layout
 from engines.megatron.model_shape import ModelShape
 from stream_rl.errors import WeightsError
-
-_EMBEDDING = ("embedding.word_embeddings.weight", "model.embed_tokens.weight")
-_FINAL_NORM = ("decoder.final_layernorm.weight", "model.norm.weight")
-_OUTPUT = ("output_layer.weight", "lm_head.weight")
 
 _SAME_LAYOUT = (
     ("input_layernorm.weight", "input_layernorm.weight"),
@@ -35,12 +31,6 @@ def fuse_qkv(shape: ModelShape, query: Tensor, key: Tensor, value: Tensor) -> Te
     return torch.cat(parts, dim=1).flatten(0, 2)
 
 
-def split_qkv(shape: ModelShape, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Inverse of `fuse_qkv`."""
-    by_key_head = fused.reshape(shape.kv_heads, -1, shape.head_dim, fused.shape[-1])
-    return by_key_head[:, :-2].flatten(0, 2), by_key_head[:, -2].flatten(0, 1), by_key_head[:, -1].flatten(0, 1)
-
-
 def expected_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """The checkpoint's tensors and their shapes, in its order."""
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -57,12 +47,12 @@ def expected_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj.weight": (shape.ffn_size, shape.hidden_size),
         "mlp.down_proj.weight": (shape.hidden_size, shape.ffn_size),
     }
-    expected: dict[str, tuple[int, ...]] = {_EMBEDDING[1]: (shape.vocab_size, shape.hidden_size)}
+    expected: dict[str, tuple[int, ...]] = {EMBEDDING[1]: (shape.vocab_size, shape.hidden_size)}
     for index in range(shape.layers):
         expected |= {f"model.layers.{index}.{name}": size for name, size in layer.items()}
-    expected[_FINAL_NORM[1]] = (shape.hidden_size,)
+    expected[FINAL_NORM[1]] = (shape.hidden_size,)
     if not shape.tied:
-        expected[_OUTPUT[1]] = (shape.vocab_size, shape.hidden_size)
+        expected[OUTPUT[1]] = (shape.vocab_size, shape.hidden_size)
     return expected
 
 
@@ -73,7 +63,7 @@ def to_megatron(shape: ModelShape, weights: Mapping[str, Tensor]) -> Iterator[tu
     """
     expected = expected_shapes(shape)
     # Checkpoints of tied models may hold the output layer as well; it is the embedding again.
-    ignored = {_OUTPUT[1]} if shape.tied else set()
+    ignored = {OUTPUT[1]} if shape.tied else set()
     missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys() - ignored)
     if missing or unknown:
         raise WeightsError(
@@ -91,16 +81,16 @@ def to_megatron(shape: ModelShape, weights: Mapping[str, Tensor]) -> Iterator[tu
             )
         return tensor
 
-    yield _EMBEDDING[0], get(_EMBEDDING[1])
+    yield EMBEDDING[0], get(EMBEDDING[1])
     for index in range(shape.layers):
         ours, theirs = f"decoder.layers.{index}.", f"model.layers.{index}."
         for name, checkpoint_name in _SAME_LAYOUT:
             yield ours + name, get(theirs + checkpoint_name)
         yield ours + _QKV[0], fuse_qkv(shape, *(get(theirs + part) for part in _QKV[1]))
         yield ours + _GATE_UP[0], torch.cat([get(theirs + part) for part in _GATE_UP[1]])
-    yield _FINAL_NORM[0], get(_FINAL_NORM[1])
+    yield FINAL_NORM[0], get(FINAL_NORM[1])
     if not shape.tied:
-        yield _OUTPUT[0], get(_OUTPUT[1])
+        yield OUTPUT[0], get(OUTPUT[1])
 
 
 def to_huggingface(shape: ModelShape, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -108,17 +98,7 @@ def to_huggingface(shape: ModelShape, parameters: Mapping[str, Tensor]) -> Itera
 
     Tensors alias `parameters` where the layout allows it.
     """
-    yield _EMBEDDING[1], parameters[_EMBEDDING[0]]
-    order = list(expected_shapes(shape))
-    for index in range(shape.layers):
-        ours, theirs = f"decoder.layers.{index}.", f"model.layers.{index}."
-        layer = {theirs + checkpoint_name: parameters[ours + name] for name, checkpoint_name in _SAME_LAYOUT}
-        split = split_qkv(shape, parameters[ours + _QKV[0]])
-        layer |= {theirs + name: part for name, part in zip(_QKV[1], split, strict=True)}
-        halves = parameters[ours + _GATE_UP[0]].chunk(2)
-        layer |= {theirs + name: part for name, part in zip(_GATE_UP[1], halves, strict=True)}
-        first = 1 + index * len(layer)
-        yield from ((name, layer[name]) for name in order[first : first + len(layer)])
-    yield _FINAL_NORM[1], parameters[_FINAL_NORM[0]]
-    if not shape.tied:
-        yield _OUTPUT[1], parameters[_OUTPUT[0]]
+    boxes = {box.name: (box, name) for name, several in layout(shape).items() for box in several}
+    for checkpoint_name, size in expected_shapes(shape).items():
+        box, name = boxes[checkpoint_name]
+        yield checkpoint_name, box.of(parameters[name].reshape(-1)).reshape(size)

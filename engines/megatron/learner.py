@@ -19,6 +19,7 @@ from torch import Tensor
 
 from engines.megatron import core, model, resume
 from engines.megatron.attention import PackedSequences, lay_out, rotary_table
+from engines.megatron.changes import ChangeFinder
 from engines.megatron.checkpoint import (
     CheckpointTensors,
     replacing,
@@ -26,12 +27,16 @@ from engines.megatron.checkpoint import (
     write_huggingface,
     write_tensors,
 )
+from engines.megatron.found import Changes
 from engines.megatron.huggingface import to_huggingface
+from engines.megatron.layout import layout
 from engines.megatron.logprobs import token_statistics
 from engines.megatron.model_shape import read_model_shape
 from engines.megatron.optimizer import build_optimizer
 from engines.megatron.packing import cut, token_indices
 from engines.megatron.training_state import load_training_tensors, optimizer_name, training_tensors
+from engines.weights.fingerprint import bits_of
+from engines.weights.parts import Piece, dense_pieces
 from stream_rl import config
 from stream_rl.types import Float32Array, Int32Array, Int64Array, TrainingBatch, Version
 
@@ -85,6 +90,21 @@ class MegatronLearner:
         section: where the options come from, for messages.  Raises ConfigError for options that cannot be used.
         """
         self._optimizer, self._scheduler = build_optimizer(self._model, optimizer, schedule, section)
+        self._finder: ChangeFinder | None = None
+
+    def watch_changes(self) -> None:
+        """From the next step on `take_changes` knows what the steps of this optimizer changed.
+
+        Raises ConfigError for an optimizer whose changes cannot be found.
+        """
+        state = core.parallel_state
+        rank, size = state.get_data_parallel_rank(True), state.get_data_parallel_world_size(True)
+        self._finder = ChangeFinder(self._gpt, self._optimizer, layout(self.shape), rank, size)
+
+    def take_changes(self) -> Changes:
+        """What the steps since the last time changed, by the checkpoint's names.  Cheap: sorting it is for later."""
+        assert self._finder is not None, "watch_changes comes first"
+        return self._finder.take()
 
     def train_step(self, batch: TrainingBatch, loss: LossFunction) -> dict[str, float]:
         """One optimizer step on the whole batch.
@@ -149,8 +169,19 @@ class MegatronLearner:
 
         Tensors may alias the live parameters: copy what must outlive the next step.
         """
+        model.synchronize(self._model)
         parameters = {name: parameter.detach() for name, parameter in self._gpt.named_parameters()}
         return to_huggingface(self.shape, parameters)
+
+    def wait(self) -> None:
+        """Until the device has done all that it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def all_pieces(self) -> Iterator[Piece]:
+        """The weights as an anchor has them, on the host; of a model there they alias the live parameters."""
+        for name, tensor in self.named_weights():
+            yield from dense_pieces(name, tensor.dtype, bits_of(tensor.reshape(-1).cpu()))
 
     def save(self, directory: str | pathlib.Path) -> None:
         """Write a Hugging Face directory, whole or not at all."""

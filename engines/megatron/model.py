@@ -157,3 +157,13 @@ def wrap(model: Any) -> Any:
         check_for_nan_in_grad=False,  # the learner skips such a step; megatron-core would end the process
     )
     return core.DistributedDataParallel(model.config, config, model)
+
+
+def synchronize(wrapped: Any) -> None:
+    """Make the parameters those of the last step on every rank.
+
+    With overlap_param_gather the next forward gathers them: until then what other ranks have stepped is one step old.
+    """
+    if wrapped.ddp_config.use_distributed_optimizer and wrapped.ddp_config.overlap_param_gather:
+        wrapped.disable_forward_pre_hook(param_sync=True)
+        wrapped.enable_forward_pre_hook()

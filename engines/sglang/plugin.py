@@ -58,6 +58,7 @@ class CommitWeights:
     """A request of ours in SGLang's request list: all ranks have staged `target`; live before the next step."""
 
     target: Version
+    attempt: int
 
 
 class Plugin:
@@ -92,9 +93,9 @@ class Plugin:
         now = time.perf_counter()
         self.counters.turn(now)
         self.stream.flush_overdue(now)
-        target = self.thread.take_commit_order() if requests is not None else None
-        if requests is not None and target is not None:
-            requests.append(CommitWeights(target))
+        order = self.thread.take_commit_order() if requests is not None else None
+        if requests is not None and order is not None:
+            requests.append(CommitWeights(*order))
         return requests
 
     def launch(self, batch: Any) -> None:
@@ -122,12 +123,12 @@ class Plugin:
         stall, problem = 0.0, ""
         try:
             with self.counters.hook():
-                stall = self.weights.commit(order.target, self._forward_stream)
+                stall = self.weights.commit(order.target, order.attempt, self._forward_stream)
             self.counters.commits += 1
         except Exception as error:  # must not end somebody else's scheduler; the publisher is told
             log.exception("commit of version %s failed", order.target)
             problem = f"{type(error).__name__}: {error}"
-        self.thread.post_live(order.target, stall, problem)
+        self.thread.post_live(order.target, order.attempt, stall, self.scheduler.forward_ct, problem)
 
     def _forward_stream(self) -> AbstractContextManager[object]:
         if self.scheduler.device == "cpu":
@@ -137,13 +138,31 @@ class Plugin:
 
 
 def _trace(scheduler: Any) -> Any:
-    from engines.sglang.load_map import TensorShape, trace
+    """The load map of this rank; every rank calls this, and they exchange what they hold."""
+    from engines.sglang.load_map import LoadMap, TensorShape, refuse_derived, trace
     from engines.weights.huggingface_shapes import checkpoint_shapes
 
     model = scheduler.tp_worker.model_runner.model
     path = pathlib.Path(scheduler.tp_worker.model_runner.model_config.model_path)
     shapes = {name: TensorShape(*shape) for name, shape in checkpoint_shapes(path).items()}
-    return trace(model.named_parameters(), model.load_weights, shapes)
+    refuse_derived(model)
+    traced = trace(model.named_parameters(), model.load_weights, shapes)
+    rank, ranks = scheduler.ps.tp_rank, scheduler.ps.tp_size
+    return LoadMap(traced, rank, _gathered(traced.rows(), ranks, scheduler.tp_cpu_group) if ranks > 1 else ())
+
+
+def _gathered(rows: Any, ranks: int, group: Any) -> list[Any]:
+    """[n, 5] int64 of each rank, on each; n differs."""
+    import torch
+    from torch import distributed
+
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(ranks)]
+    distributed.all_gather(counts, torch.tensor([len(rows)]), group=group)
+    padded = [torch.zeros(int(max(counts)), rows.shape[1], dtype=torch.int64) for _ in range(ranks)]
+    mine = torch.zeros_like(padded[0])
+    mine[: len(rows)] = rows
+    distributed.all_gather(padded, mine, group=group)
+    return [some[: int(count)] for some, count in zip(padded, counts, strict=True)]
 
 
 _plugin: Plugin | None = None

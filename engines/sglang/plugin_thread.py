@@ -17,6 +17,7 @@ from engines.sglang.publisher_conversation import PublisherConversation
 from engines.sglang.queue_conversation import QueueConversation, RefusedForGood
 from engines.sglang.staging import LiveWeights
 from engines.sglang.streaming import Row
+from engines.weights.codes import payload
 from stream_rl.messages import EngineStats
 from stream_rl.transport import ThreadHub, Wakeup
 from stream_rl.types import Version
@@ -41,8 +42,8 @@ class PluginThread:
         self._settings, self._rank, self._ranks = settings, rank, ranks
         self._weights, self._counters = weights, counters
         self._rows: deque[list[Row]] = deque()
-        self._live: deque[tuple[Version, float, str]] = deque()
-        self._order: Version | None = None
+        self._live: deque[tuple[Version, int, float, int, str]] = deque()
+        self._order: tuple[Version, int] | None = None
         self._unacknowledged_bytes = 0
         self.commit_wakeup = Wakeup()
         """In the idle sleeper's poll set: an order wakes a sleeping scheduler."""
@@ -64,17 +65,17 @@ class PluginThread:
         """True while as many chunks are unacknowledged as the buffer may hold."""
         return self._unacknowledged_bytes >= self._settings.buffer_bytes
 
-    def take_commit_order(self) -> Version | None:
-        """The version to make live now, once."""
+    def take_commit_order(self) -> tuple[Version, int] | None:
+        """Target and attempt of what is to be made live now, once."""
         if self._order is None:
             return None
         order, self._order = self._order, None
         self.commit_wakeup.clear()
         return order
 
-    def post_live(self, target: Version, stall_seconds: float, problem: str) -> None:
+    def post_live(self, target: Version, attempt: int, stall_seconds: float, forward_count: int, problem: str) -> None:
         """A commit has run."""
-        self._live.append((target, stall_seconds, problem))
+        self._live.append((target, attempt, stall_seconds, forward_count, problem))
         if self._hub is not None:
             self._hub.wake()
 
@@ -100,6 +101,7 @@ class PluginThread:
             torch.cuda.set_device(self._device)
             # this thread's work must not queue behind forward passes
             torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
+        payload.prepare()
         self._hub = hub = ThreadHub()
         hub.connect(PUBLISHER, s.publisher_address, f"{s.engine}/{self._rank}@{s.incarnation}")
         publisher = PublisherConversation(
@@ -137,10 +139,10 @@ class PluginThread:
         self._unacknowledged_bytes = queue.unacknowledged_bytes
         return due
 
-    def _give_order(self, target: Version) -> None:
+    def _give_order(self, target: Version, attempt: int) -> None:
         # in this order: a scheduler that takes the order finds the wake-up set and clears it
         self.commit_wakeup.set()
-        self._order = target
+        self._order = target, attempt
 
     def _stats(self) -> EngineStats:
         return EngineStats(

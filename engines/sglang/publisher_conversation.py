@@ -14,7 +14,7 @@ from typing import Any
 from engines.sglang.plugin import PluginSettings
 from engines.sglang.queue_conversation import HELLO_SECONDS, RefusedForGood
 from engines.sglang.staging import LiveWeights
-from engines.weights import fingerprint
+from engines.weights.parts import CorruptPart
 from stream_rl.errors import WeightsError
 from stream_rl.messages import (
     Alive,
@@ -23,8 +23,8 @@ from stream_rl.messages import (
     HashOrder,
     HashReport,
     Live,
+    PartTaken,
     Refused,
-    Staged,
     UpdatePart,
 )
 from stream_rl.session import FOR_GOOD
@@ -44,16 +44,19 @@ class PublisherConversation:
         ranks: int,
         weights: LiveWeights,
         send: Callable[[Any], bool],
-        order: Callable[[Version], None],
+        order: Callable[[Version, int], None],
     ) -> None:
         """`send` never blocks, and says whether the message left; `order` asks the scheduler to make what is staged
-        live, which it reports by `live`."""
+        live on all ranks (target, attempt), which each reports by `live`."""
         self._settings, self._ranks, self._weights, self._send, self._order = settings, ranks, weights, send, order
+        self._rank = rank
         self._me: dict[str, Any] = {"engine": settings.engine, "incarnation": settings.incarnation, "rank": rank}
-        self._ordered = False
-        """The scheduler is making the staged update live."""
+        self._ordered: tuple[Version, int] | None = None
+        """What the scheduler is making live on this rank's order."""
+        self._live: Live | None = None
+        """What was said of the last commit, to be said again."""
         self._deferred: deque[Any] = deque()
-        """What came meanwhile: at most one update, since the publisher waits for its answer."""
+        """What came meanwhile: at most one update and what is said again, since the publisher waits for its answer."""
         self._greet = True
         self._hello_due = self._alive_due = 0.0
 
@@ -73,24 +76,28 @@ class PublisherConversation:
             case _:
                 log.warning("the publisher sent a %s, which an engine has no use for", type(message).__name__)
 
-    def live(self, target: Version, stall_seconds: float, problem: str) -> None:
-        """The scheduler has made `target` live, or could not."""
-        self._ordered = False
-        self._send(
-            Live(
-                target=target,
-                weights_hash=fingerprint.text(self._weights.fingerprint),
-                stage_seconds=self._weights.stage_seconds,
-                stall_seconds=stall_seconds,
-                problem=problem,
-                **self._me,
-            )
+    def live(self, target: Version, attempt: int, stall_seconds: float, forward_count: int, problem: str) -> None:
+        """The scheduler has made `target` live, or could not: after so much of its time, and so many passes."""
+        if self._weights.attempt != attempt:
+            self._greet = True  # ordered for a publisher that is gone; the one that is there believes otherwise
+        self._ordered = None
+        self._live = Live(
+            target=target,
+            attempt=attempt,
+            weights_hash=self._weights.weights_hash,
+            replicas=self._weights.replicas,
+            stage_seconds=self._weights.stage_seconds,
+            stall_seconds=stall_seconds + (0.0 if problem else self._weights.write_seconds()),
+            forward_count=forward_count,
+            problem=problem,
+            **self._me,
         )
+        self._send(self._live)
         self._obey()
 
     def tick(self, now: float) -> float:
         """Say what is due.  Returns when to call again, at the latest."""
-        if self._greet and not self._ordered and now >= self._hello_due:
+        if self._greet and self._ordered is None and now >= self._hello_due:
             self._weights.forget_staged()
             self._hello_due = now + HELLO_SECONDS
             self._greet = not self._send(self._hello())
@@ -101,40 +108,62 @@ class PublisherConversation:
 
     def _obey(self) -> None:
         """Carry out what the publisher said, but nothing while a commit is on its way through the scheduler."""
-        while self._deferred and not self._ordered:
+        while self._deferred and self._ordered is None:
             match message := self._deferred.popleft():
                 case UpdatePart():
                     self._stage(message)
-                case CommitOrder() if self._weights.staged == message.target:
-                    self._ordered = True
-                    self._order(message.target)
+                case CommitOrder():
+                    self._commit(message.target, message.attempt)
                 case HashOrder():
                     self._report_hash()
 
     def _stage(self, part: UpdatePart) -> None:
-        problem, target = "", None
+        problem, corrupt = "", False
         try:
-            target = self._weights.receive(part)
+            if not self._weights.receive(part):
+                return
+        except CorruptPart as error:
+            log.warning("%s", error)
+            corrupt = True
         except WeightsError as error:
             log.warning("update to version %s: %s", part.target, error)
-            problem, target = str(error), part.target
-        if target is not None:
-            self._send(Staged(target=target, attempt=part.attempt, problem=problem, **self._me))
+            problem = str(error)
+        self._send(PartTaken(attempt=part.attempt, part=part.part, corrupt=corrupt, problem=problem, **self._me))
+
+    def _commit(self, target: Version, attempt: int) -> None:
+        """Only the first rank orders it, for all: through SGLang's own requests, which reach every rank in one turn."""
+        if self._live is not None and (self._live.target, self._live.attempt) == (target, attempt):
+            self._send(self._live)
+        elif self._weights.staged == (target, attempt):
+            if self._rank == 0:
+                self._ordered = target, attempt
+                self._order(target, attempt)
+        elif attempt > self._last_live and attempt >= (self._weights.attempt or 0):
+            self._greet = True  # it was forgotten, and the publisher has not heard the hello that said so
+
+    @property
+    def _last_live(self) -> int:
+        """Attempt of the last commit, which the scheduler may not have reported yet."""
+        return 0 if self._weights.live is None else self._weights.live[1]
 
     def _report_hash(self) -> None:
-        """Nothing is under way, or the publisher would not have asked; no commit can come while this reads."""
+        """Nothing is under way, or the publisher would not have asked; it asks again if a commit came all the same."""
         self._weights.forget_staged()
         try:
-            weights_hash = fingerprint.text(self._weights.recompute())
+            if not self._weights.recompute():
+                return
+            weights_hash = self._weights.weights_hash
         except WeightsError as error:
             weights_hash = str(error)
-        self._send(HashReport(version=self._weights.version, weights_hash=weights_hash, **self._me))
+        replicas = self._weights.replicas
+        self._send(HashReport(version=self._weights.version, weights_hash=weights_hash, replicas=replicas, **self._me))
 
     def _hello(self) -> EngineHello:
         return EngineHello(
             run=self._settings.run,
             ranks=self._ranks,
             version=self._weights.version,
-            weights_hash=fingerprint.text(self._weights.fingerprint),
+            weights_hash=self._weights.weights_hash,
+            replicas=self._weights.replicas,
             **self._me,
         )

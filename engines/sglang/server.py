@@ -95,6 +95,10 @@ def _serve(recipe: config.Recipe, options: argparse.Namespace) -> None:
     if recipe.sglang.get("device") == "cpu":
         os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads than free cores spin against each other
+        if (ranks := recipe.sglang.get("tp_size", 1)) > 1:
+            cpus = sorted(os.sched_getaffinity(0))  # SGLang wants to be told, and would give each rank a whole socket
+            bound = [str(cpus[rank % len(cpus)]) for rank in range(ranks)]
+            os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(bound))
 
     words = arguments(recipe.sglang, recipe.model.path, port)
     from sglang.srt.entrypoints.http_server import launch_server

@@ -1,24 +1,28 @@
-"""The published line of versions: one host copy of the newest, the differences that led to it, a hash of each.
+"""The published line of versions: one host copy of the newest, the updates that led to it, a fingerprint of each.
 
-An update goes from one version that an engine holds to the next one, or from nothing to the newest (an anchor).
-Versions of another history, or too far behind, get an anchor.
+The learner's parts are passed on to engines as they came.  An engine that lags gets the updates that it lacks composed
+into one, or all of the newest version (an anchor), whichever is smaller.
 """
 
-import math
 import time
-import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
-import numpy as np
 import torch
 
-from engines.weights import codec, fingerprint
-from engines.weights.codec import TensorUpdate
+from engines.weights import fingerprint
+from engines.weights.codes import payload, ulp
+from engines.weights.codes.changes import MANTISSA, Change
+from engines.weights.codes.payload import Code
+from engines.weights.parts import Line, Piece, apply_, compose, cut, dense_pieces, read, relabelled, slices
 from stream_rl.errors import WeightsError
-from stream_rl.messages import Snapshot, UpdatePart
-from stream_rl.types import ByteArray, Version
+from stream_rl.messages import UpdatePart
+from stream_rl.types import Version
+
+Watch = Callable[[Line, list[Piece]], None]
+"""Told of an update right before it is carried out; its pieces have the old bits beside them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,7 @@ class Update:
     anchor: bool
     parts: list[UpdatePart]
     changed: int
+    """Elements whose bits differ; all of them in an anchor."""
     encode_seconds: float
 
     @property
@@ -38,190 +43,245 @@ class Update:
         return sum(part.payload.size for part in self.parts)
 
 
-def snapshot_parts(
-    run: str, version: Version, tensors: Iterable[tuple[str, torch.Tensor]], part_bytes: int
-) -> list[Snapshot]:
-    """A copy of checkpoint tensors as messages to the publisher, each of about `part_bytes`."""
-    groups: list[list[tuple[str, torch.Tensor]]] = [[]]
-    size = 0
-    for name, tensor in tensors:
-        if size >= part_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append((name, tensor))
-        size += tensor.numel() * tensor.element_size()
-    return [
-        Snapshot(
-            run=run,
-            version=version,
-            part=i,
-            parts=len(groups),
-            names=[name for name, _ in group],
-            dtypes=[str(tensor.dtype).removeprefix("torch.") for _, tensor in group],
-            shapes=[list(tensor.shape) for _, tensor in group],
-            payload=np.concatenate([_bytes(tensor) for _, tensor in group]) if group else np.empty(0, np.uint8),
-        )
-        for i, group in enumerate(groups)
-    ]
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A version that has been read and found to fit, and is not yet the newest."""
 
-
-def _bytes(tensor: torch.Tensor) -> ByteArray:
-    return fingerprint.bits_of(tensor.detach().cpu().contiguous()).reshape(-1).numpy().view(np.uint8)
-
-
-def snapshot_tensors(snapshot: Snapshot) -> dict[str, tuple[torch.dtype, torch.Tensor]]:
-    """Name to (dtype, flat bits) of a snapshot's tensors.  Raises WeightsError if the payload does not fit."""
-    if not len(snapshot.names) == len(snapshot.dtypes) == len(snapshot.shapes):
-        raise WeightsError("a snapshot part needs one dtype and one shape for each name")
-    tensors, offset = {}, 0
-    for name, dtype_name, shape in zip(snapshot.names, snapshot.dtypes, snapshot.shapes, strict=True):
-        dtype = getattr(torch, dtype_name, None)
-        if not isinstance(dtype, torch.dtype) or dtype.itemsize not in (1, 2, 4, 8):
-            raise WeightsError(f"{name}: {dtype_name!r} is no dtype of weights")
-        size = math.prod(shape) * dtype.itemsize
-        if min(shape, default=0) < 0 or offset + size > snapshot.payload.size:
-            raise WeightsError(f"{name}: shape {shape} of {dtype_name} does not fit {snapshot.payload.size} bytes")
-        tensors[name] = (dtype, fingerprint.bits_from_bytes(snapshot.payload[offset : offset + size].copy(), dtype))
-        offset += size
-    if offset != snapshot.payload.size:
-        raise WeightsError(f"a snapshot part of {snapshot.payload.size} bytes holds tensors of {offset} bytes")
-    return tensors
+    line: Line
+    parts: list[UpdatePart]
+    pieces: list[Piece]
 
 
 class Chain:
-    """Everything that the publisher knows of the weights."""
+    """Everything that the publisher knows of the weights.  One thread at a time."""
 
     def __init__(self, run: str, part_bytes: int, keep: int) -> None:
+        """keep: updates that are kept to be composed.  Fewer, where together they are larger than an anchor."""
         self._run, self._part_bytes, self._keep = run, part_bytes, keep
-        self._bits: dict[str, tuple[torch.dtype, torch.Tensor]] = {}
-        self._sums: dict[str, int] = {}
+        self._bits: dict[str, torch.Tensor] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._total = 0
         self._updates: OrderedDict[Version, Update] = OrderedDict()
-        """By base, oldest first; at most `keep`."""
-        self._anchor: Update | None = None
+        """From each version to the next, by base, oldest first, without a gap up to the newest."""
+        self._prepared: dict[Version | None, Update] = {}
+        """To the newest version, by what the engine holds; the anchor is None's."""
         self.version: Version | None = None
         self.hashes: dict[Version, str] = {}
         """Of every version ever published in this process: 100 bytes each."""
 
     @property
     def full_bytes(self) -> int:
-        return sum(bits.numel() * bits.element_size() for _, bits in self._bits.values())
+        return sum(bits.numel() * bits.element_size() for bits in self._bits.values())
 
     @property
     def elements(self) -> int:
-        return sum(bits.numel() for _, bits in self._bits.values())
+        return sum(bits.numel() for bits in self._bits.values())
+
+    def tensors(self) -> Iterable[tuple[str, torch.dtype, torch.Tensor]]:
+        """Name, dtype, flat bits of the newest version.  They alias the host copy: done with before the next."""
+        return ((name, self._dtypes[name], bits) for name, bits in self._bits.items())
 
     def has(self, version: Version) -> bool:
         """True if this chain is at `version`, or further on in the same history."""
         return self.version is not None and version.history == self.version.history and version <= self.version
 
-    def advance(self, version: Version, tensors: Mapping[str, tuple[torch.dtype, torch.Tensor]]) -> None:
-        """`version` is the newest from here on.  Raises WeightsError, as `check` does."""
-        self.check(version, tensors)
-        base = self.version
-        if base is None:
-            self._bits = dict(tensors)
-            self._sums = {name: fingerprint.tensor_sum(name, bits) for name, (_, bits) in tensors.items()}
+    # -- taking versions ---------------------------------------------------------------------------------------
+
+    def advance(self, parts: Sequence[UpdatePart], watch: Watch | None = None) -> None:
+        """Make all parts of an update the newest version.  Raises WeightsError as `arrive` does."""
+        self.take(self.arrive(parts), watch)
+
+    def arrive(self, parts: Sequence[UpdatePart]) -> Arrival:
+        """Read an update and see that it leads on from here, all of it before any of it is taken.
+
+        Raises WeightsError if `version` is not newer, does not follow, has other tensors, or its bytes are no update.
+        """
+        first = parts[0]
+        line = Line(first.run, first.base, first.target, first.anchor)
+        if line.run != self._run:
+            raise WeightsError(f"this publisher serves run {self._run!r}, the update is of {line.run!r}")
+        if self.version is not None and line.target <= self.version:
+            raise WeightsError(f"version {line.target} came after {self.version}; versions only grow")
+        if not line.anchor and line.base != self.version:
+            raise WeightsError(f"version {line.target} is against {line.base}, the newest here is {self.version}")
+        pieces = [piece for part in parts for piece in read(part, None if line.anchor else self._held)]
+        if line.anchor:
+            self._check_anchor(line, pieces)
+        for piece in pieces if self._bits else ():
+            bits = self._bits.get(piece.name)
+            if bits is None or self._dtypes[piece.name] != piece.change.dtype or piece.stop > bits.numel():
+                raise WeightsError(
+                    f"version {line.target} has {piece.change.dtype} elements up to {piece.stop} of {piece.name}; here "
+                    + ("is no such tensor" if bits is None else f"it is {bits.numel()} x {self._dtypes[piece.name]}")
+                )
+        return Arrival(line, list(parts), pieces)
+
+    def take(self, arrival: Arrival, watch: Watch | None = None) -> None:
+        """Make an arrival the newest version.  `watch` is told of the update that leads there from the one before."""
         start = time.perf_counter()
-        changes = self._take(tensors) if base is not None else []
-        self.version, self._anchor = version, None
-        self.hashes[version] = fingerprint.text(sum(self._sums.values()) % (1 << 64))
+        base, target, pieces = self.version, arrival.line.target, arrival.pieces
+        parts: list[UpdatePart] | None = arrival.parts
         if base is None:
-            return
-        if version.history != base.history:
-            self._updates.clear()  # a line of training that ended leads nowhere: its engines get an anchor
-            return
-        parts = self._encode(base, version, False, changes)
-        changed = sum(change.changed for change in changes)
-        self._updates[base] = Update(base, version, False, parts, changed, time.perf_counter() - start)
-        while len(self._updates) > self._keep:
-            self._updates.popitem(last=False)
+            self._begin(pieces)
+        else:
+            if arrival.line.anchor:  # of another history, or from a learner that has lost count: see what changed
+                pieces, parts = self._compared(pieces), None
+            pieces = [self._with_old(piece) for piece in pieces]
+            total, changed = self._total_after(pieces)
+            line = Line(self._run, base, target, False, target_hash=fingerprint.text(total))
+            if watch is not None:
+                watch(line, compose(pieces, ()))
+            for piece in pieces:
+                apply_(self._bits[piece.name][piece.start : piece.stop], piece.change)
+            self._total = total
+            self._keep_update(line, pieces, parts, changed, start)
+        self.hashes[target] = fingerprint.text(self._total)
+        self._prepared.clear()
+        self.version = target  # last: another thread asks what is prepared for the newest version
 
-    def check(self, version: Version, tensors: Mapping[str, tuple[torch.dtype, torch.Tensor]]) -> None:
-        """Raises WeightsError if `version` is not newer or has other tensors.  All of it before any of it is taken: a
-        refused version changes nothing."""
-        if self.version is None:
-            return
-        if version <= self.version:
-            raise WeightsError(f"version {version} came after {self.version}; versions only grow")
-        if set(tensors) != set(self._bits):
-            raise WeightsError(f"version {version} has other tensors than {self.version}")
-        for name, (dtype, bits) in tensors.items():
-            old_dtype, old = self._bits[name]
-            if dtype != old_dtype or bits.numel() != old.numel():
-                raise WeightsError(f"{name} is {bits.numel()} x {dtype}, was {old.numel()} x {old_dtype}")
+    def _begin(self, pieces: list[Piece]) -> None:
+        ends: dict[str, int] = {}
+        for piece in pieces:
+            ends[piece.name] = max(ends.get(piece.name, 0), piece.stop)
+            self._dtypes[piece.name] = piece.change.dtype
+        for name, elements in ends.items():
+            self._bits[name] = fingerprint.bits_of(torch.empty(elements, dtype=self._dtypes[name]))
+        for piece in pieces:
+            apply_(self._bits[piece.name][piece.start : piece.stop], piece.change)
+        self._total = sum(fingerprint.tensor_sum(name, bits) for name, bits in self._bits.items()) % (1 << 64)
 
-    def _take(self, tensors: Mapping[str, tuple[torch.dtype, torch.Tensor]]) -> list[TensorUpdate]:
-        """Make these the newest bits, and say what they changed."""
-        changes = []
-        for name, (dtype, bits) in tensors.items():
-            old = self._bits[name][1]
-            if (change := codec.diff(name, dtype, old, bits)) is not None:
-                changes.append(change)
-                self._sums[name] = self._new_sum(change, old)
-                self._bits[name] = (dtype, bits)
-        return changes
+    def _check_anchor(self, line: Line, pieces: list[Piece]) -> None:
+        """It has each slice of each tensor once, whole."""
+        covered: dict[str, list[tuple[int, int]]] = {}
+        for piece in pieces:
+            if piece.change.delta is not None:
+                raise WeightsError(f"the anchor {line.target} has only changes of {piece.name}")
+            covered.setdefault(piece.name, []).append((piece.start, piece.stop))
+        for name, spans in covered.items():
+            end = max(stop for _, stop in spans)
+            if sorted(spans) != [(part.start, part.stop) for part in slices(end)]:
+                raise WeightsError(f"the anchor {line.target} has not all of {name}")
+            if self._bits and (name not in self._bits or self._bits[name].numel() != end):
+                raise WeightsError(f"the anchor {line.target} has {end} elements of {name}, which are others here")
+        if self._bits and (missing := sorted(self._bits.keys() - covered.keys())):
+            raise WeightsError(f"the anchor {line.target} has no {missing[0]} (and {len(missing) - 1} more)")
 
-    def _new_sum(self, change: TensorUpdate, old: torch.Tensor) -> int:
-        if change.indices is None:
-            return fingerprint.tensor_sum(change.name, change.bits)
-        seed = fingerprint.seed_of(change.name)
-        gone = fingerprint.element_sum(seed, change.indices, old[change.indices])
-        come = fingerprint.element_sum(seed, change.indices, change.bits)
-        return (self._sums[change.name] - gone + come) % (1 << 64)
+    def _held(self, name: str, start: int, elements: int) -> torch.Tensor:
+        bits = self._bits.get(name)
+        if bits is None or start + elements > bits.numel():
+            raise WeightsError(f"{name} has no {elements} elements from {start} here")
+        return bits[start : start + elements]
 
-    def update_from(self, held: Version) -> Update | None:
-        """What brings an engine that holds `held` one version on (or all the way, by an anchor); None at the newest."""
+    def _compared(self, pieces: list[Piece]) -> list[Piece]:
+        """What an anchor changes here."""
+        compared = []
+        for piece in pieces:
+            old, change = self._bits[piece.name][piece.start : piece.stop], piece.change
+            assert change.new is not None
+            if torch.equal(old, change.new):
+                continue
+            delta = ulp.diff(old, change.new) if change.dtype in MANTISSA else None
+            compared.append(Piece(piece.name, piece.start, Change(change.dtype, delta, None, change.new)))
+        return compared
+
+    def _with_old(self, piece: Piece) -> Piece:
+        old = self._bits[piece.name][piece.start : piece.stop]
+        return Piece(piece.name, piece.start, Change(piece.change.dtype, piece.change.delta, old, piece.change.new))
+
+    def _total_after(self, pieces: list[Piece]) -> tuple[int, int]:
+        """Fingerprint once these are carried out, and how many elements they change."""
+        total, changed = self._total, 0
+        for piece in pieces:
+            old, delta, seed = piece.change.old, piece.change.delta, fingerprint.seed_of(piece.name)
+            assert old is not None
+            if delta is None:
+                assert piece.change.new is not None
+                where = torch.nonzero(old != piece.change.new).reshape(-1)
+                before, after = old[where], piece.change.new[where]
+            else:
+                where, before = delta.indices, old[delta.indices]
+                after = ulp.stepped(before, delta.steps)
+            changed += where.numel()
+            places = where + piece.start
+            total += fingerprint.element_sum(seed, places, after) - fingerprint.element_sum(seed, places, before)
+        return total % (1 << 64), changed
+
+    def _keep_update(
+        self, line: Line, pieces: list[Piece], parts: list[UpdatePart] | None, changed: int, start: float
+    ) -> None:
+        """Parts that came in the code of the local network go on as they are."""
+        if parts is not None and all(_is_fast(part) for part in parts):
+            parts = [relabelled(part, i, len(parts), line.target_hash) for i, part in enumerate(parts)]
+        else:
+            parts = cut(pieces, line, Code.FAST, self._part_bytes)
+        update = Update(line.base, line.target, False, parts, changed, time.perf_counter() - start)
+        self._updates[line.base] = update
+        full_bytes, kept = self.full_bytes, sum(update.bytes for update in self._updates.values())
+        while len(self._updates) > max(self._keep, 1) or (kept > full_bytes and len(self._updates) > 1):
+            kept -= self._updates.popitem(last=False)[1].bytes
+
+    # -- handing them on ---------------------------------------------------------------------------------------
+
+    def prepared(self, held: Version | None) -> Update | None:
+        """What brings an engine that holds `held` to the newest version (None: an anchor), if nothing is left to be
+        computed for it."""
         assert self.version is not None
-        if held == self.version:
-            return None
-        return self._updates.get(held) or self.anchor()
+        if held in self._prepared:
+            return self._prepared[held]
+        update = self._updates.get(held) if held is not None else None
+        return update if update is not None and update.target == self.version else None
 
-    def anchor(self) -> Update:
-        """All of the newest version."""
+    def prepare(self, held: Version | None) -> Update:
+        """The same, computed now: takes as long as reading all updates since `held`, or copying all weights."""
+        if (ready := self.prepared(held)) is not None:
+            return ready
+        update = self._composed(held) if held in self._updates else None
+        if update is None or update.bytes >= self.full_bytes:
+            update = self._prepared.get(None) or self._anchor()
+        self._prepared[held] = update
+        return update
+
+    def _composed(self, held: Version | None) -> Update:
+        start = time.perf_counter()
+        missing = list(self._updates.values())
+        missing = missing[next(i for i, update in enumerate(missing) if update.base == held) :]
+        base, target = missing[0].base, missing[-1].target
+        steps = ([piece for part in update.parts for piece in read(part)] for update in missing)
+        line = Line(self._run, base, target, False, target_hash=self.hashes[target])
+        pieces = [self._with_new(piece) for piece in reduce(compose, steps)]
+        parts = cut(pieces, line, Code.FAST, self._part_bytes)
+        changed = sum(piece.change.changed for piece in pieces)
+        return Update(base, target, False, parts, changed, time.perf_counter() - start)
+
+    def _with_new(self, piece: Piece) -> Piece:
+        new = self._bits[piece.name][piece.start : piece.stop]
+        return Piece(piece.name, piece.start, Change(piece.change.dtype, piece.change.delta, None, new))
+
+    def _anchor(self) -> Update:
         assert self.version is not None
-        if self._anchor is None:
-            start = time.perf_counter()
-            everything = [TensorUpdate(name, dtype, None, bits) for name, (dtype, bits) in self._bits.items()]
-            parts = self._encode(self.version, self.version, True, everything)
-            seconds = time.perf_counter() - start
-            self._anchor = Update(self.version, self.version, True, parts, self.elements, seconds)
-        return self._anchor
+        start = time.perf_counter()
+        line = Line(self._run, self.version, self.version, True, target_hash=self.hashes[self.version])
+        pieces = [piece for name, dtype, bits in self.tensors() for piece in dense_pieces(name, dtype, bits)]
+        parts = cut(pieces, line, Code.FAST, self._part_bytes)
+        anchor = Update(self.version, self.version, True, parts, self.elements, time.perf_counter() - start)
+        self._prepared[None] = anchor
+        return anchor
 
-    def _encode(self, base: Version, target: Version, anchor: bool, changes: list[TensorUpdate]) -> list[UpdatePart]:
-        groups: list[list[tuple[TensorUpdate, str, list[ByteArray]]]] = [[]]
-        size = 0
-        for change in changes:
-            if size >= self._part_bytes:
-                groups.append([])
-                size = 0
-            code, buffers = codec.encode(change)
-            groups[-1].append((change, code, buffers))
-            size += sum(buffer.size for buffer in buffers)
-        return [self._part(base, target, anchor, i, len(groups), group) for i, group in enumerate(groups)]
 
-    def _part(
-        self,
-        base: Version,
-        target: Version,
-        anchor: bool,
-        part: int,
-        parts: int,
-        group: list[tuple[TensorUpdate, str, list[ByteArray]]],
-    ) -> UpdatePart:
-        buffers = [buffer for _, _, several in group for buffer in several]
-        payload = np.concatenate(buffers) if buffers else np.empty(0, np.uint8)
-        return UpdatePart(
-            run=self._run,
-            base=base,
-            target=target,
-            anchor=anchor,
-            part=part,
-            parts=parts,
-            names=[change.name for change, _, _ in group],
-            codes=[code for _, code, _ in group],
-            sizes=[[buffer.size for buffer in several] for _, _, several in group],
-            dtypes=[str(change.dtype).removeprefix("torch.") for change, _, _ in group],
-            checksum=zlib.crc32(payload.data),
-            target_hash=self.hashes[target],
-            payload=payload,
-        )
+def _is_fast(part: UpdatePart) -> bool:
+    return not part.names or payload.contents(part.payload).code is Code.FAST
+
+
+def differences(
+    old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype]
+) -> list[Piece]:
+    """What turns one set of flat bits into another, with the bits of both beside it; slices that are equal are left
+    out."""
+    pieces = []
+    for name, bits in new.items():
+        for part in slices(bits.numel()):
+            before, after = old[name][part], bits[part]
+            if not torch.equal(before, after):
+                delta = ulp.diff(before, after) if dtypes[name] in MANTISSA else None
+                pieces.append(Piece(name, part.start, Change(dtypes[name], delta, before, after)))
+    return pieces

@@ -1,19 +1,23 @@
 """Bringing every engine to the newest version, each at its own pace.
 
-For each engine: parts to every rank, `Staged` from every rank, one `CommitOrder` to rank 0, `Live` from every rank,
-then the next.  One update is under way to an engine at a time, so an engine's memory is bounded by one update and a
-slow engine delays nobody else.  Who is not known, because this publisher or the engine was restarted, is told so and
-says hello; who is silent for too long is forgotten.  Pure: messages in, (rank's identity, message) out.
+For each engine: parts to every rank, a few ahead of what it has taken; when every rank has taken all of them, one
+`CommitOrder`; `Live` from every rank; then the next.  One update is under way to an engine at a time, so an engine's
+memory is bounded by one update and a slow engine delays nobody else.
+
+What is not answered is said again after a while, and every answer may come twice.  Who is not known, because this
+publisher or the engine was restarted, is told so and says hello; who is silent for too long is forgotten.  Pure:
+messages in, (rank's identity, message) out.
 """
 
-import dataclasses
 import itertools
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from engines.weights.chain import Chain, Update
+from engines.weights.parts import numbered
+from engines.weights.recipient import Recipient, Total, combined
+from stream_rl.config import Weights
 from stream_rl.errors import WeightsError
 from stream_rl.messages import (
     Alive,
@@ -23,44 +27,16 @@ from stream_rl.messages import (
     HashOrder,
     HashReport,
     Live,
+    PartTaken,
     Refused,
-    Staged,
     VersionReport,
 )
 from stream_rl.types import Version
 
 log = logging.getLogger(__name__)
 Outgoing = list[tuple[bytes, Any]]
+FromEngine = EngineHello | Alive | PartTaken | Live | HashReport
 MAX_FAILURES = 3
-
-
-@dataclass(slots=True)
-class _Engine:
-    """What the publisher knows of one engine."""
-
-    name: str
-    incarnation: int
-    ranks: int
-    held: Version
-    """The version that it last said was live."""
-    peers: dict[int, bytes] = field(default_factory=dict)
-    """Identity of each rank that has said hello."""
-    seen: dict[int, float] = field(default_factory=dict)
-    """When each rank last said anything."""
-    claims: dict[int, str] = field(default_factory=dict)
-    """Fingerprint that each rank's hello stated for `held`; emptied once it was compared."""
-    update: Update | None = None
-    sent_at: float = 0.0
-    staged: set[int] = field(default_factory=set)
-    live: dict[int, Live] = field(default_factory=dict)
-    hashes: dict[int, HashReport] = field(default_factory=dict)
-    verify: bool = False
-    """A full recomputation is due when no update is under way."""
-    verifying: bool = False
-    attempt: int = 0
-    """Number of the update sent last; answers name the one they mean."""
-    failures: int = 0
-    """Updates in a row that did not become live as published."""
 
 
 class Delivery:
@@ -71,24 +47,29 @@ class Delivery:
         run: str,
         incarnation: int,
         chain: Chain,
-        verify_every: int,
-        silence_seconds: float,
+        weights: Weights,
+        retry_s: float,
+        silence_s: float,
         clock: Callable[[], float],
     ) -> None:
-        self._run, self._chain, self._verify_every = run, chain, verify_every
-        self._silence_seconds, self._clock = silence_seconds, clock
+        """retry_s: what has no answer is said again.  silence_s: who says nothing is forgotten.  Both in seconds of
+        `clock`."""
+        self._run, self._chain, self._weights = run, chain, weights
+        self._retry_s, self._silence_s, self._clock = retry_s, silence_s, clock
         self._attempts = itertools.count((incarnation << 32) + 1)
         """Of no two updates alike, whichever publisher sent them."""
-        self._engines: dict[str, _Engine] = {}
+        self._engines: dict[str, Recipient] = {}
         self._final: Version | None = None
         """Once set: verify every engine in full when it is there."""
+        self.wanted: set[Version | None] = set()
+        """Updates that the chain has to prepare (see Chain.prepare); the shell does, and calls `advance`."""
         self.final_reports: dict[str, EngineVerified] = {}
         """What was found of each engine at the final version, to be said again to a queue that was restarted."""
         self.reports: list[VersionReport | EngineVerified] = []
         """For the queue; the shell sends and clears them."""
 
     def advance(self) -> Outgoing:
-        """The chain has a new version."""
+        """The chain has a new version, or has prepared what was wanted."""
         self._forget_silent()
         return [out for engine in self._engines.values() for out in self._next(engine)]
 
@@ -98,14 +79,27 @@ class Delivery:
             return []
         self._final = final
         self.final_reports.clear()
+        for engine in self._engines.values():
+            engine.verified = False
         return self.advance()
+
+    def remind(self) -> Outgoing:
+        """To be called often enough: say again what has had no answer for a while."""
+        self._forget_silent()
+        late = self._clock() - self._retry_s
+        outgoing: Outgoing = []
+        for engine in self._engines.values():
+            if engine.spoken_at <= late and (again := self._unanswered(engine)):
+                engine.spoken_at = self._clock()
+                outgoing += again
+        return outgoing
 
     def unreachable(self, peer: bytes) -> None:
         """A message to this rank could not be sent.  Its engine is forgotten until it says hello again, which it is
         asked to as soon as it says anything."""
         self._engines = {name: e for name, e in self._engines.items() if peer not in e.peers.values()}
 
-    def handle(self, peer: bytes, message: EngineHello | Alive | Staged | Live | HashReport) -> Outgoing:
+    def handle(self, peer: bytes, message: FromEngine) -> Outgoing:
         """A message of an engine's rank.  Raises WeightsError if an engine cannot be brought up to date at all."""
         self._forget_silent()
         if isinstance(message, EngineHello):
@@ -115,16 +109,16 @@ class Delivery:
             return [(peer, Refused(reason="unknown_engine", detail="say EngineHello (again)"))]
         engine.seen[rank] = self._clock()
         match message:
-            case Staged():
-                return self._staged(engine, message)
+            case PartTaken():
+                return self._taken(engine, rank, message)
             case Live():
-                return self._live(engine, message)
+                return self._live(engine, rank, message)
             case HashReport():
-                return self._hashed(engine, message)
+                return self._hashed(engine, rank, message)
             case Alive():
                 return []
 
-    def _sender(self, peer: bytes, message: Alive | Staged | Live | HashReport) -> tuple[_Engine | None, int]:
+    def _sender(self, peer: bytes, message: Alive | PartTaken | Live | HashReport) -> tuple[Recipient | None, int]:
         """The engine that said hello from there, and which rank of it this is."""
         for engine in self._engines.values():
             for rank, known in engine.peers.items():
@@ -134,10 +128,10 @@ class Delivery:
 
     def _forget_silent(self) -> None:
         """An engine that is gone must not be waited for; one that was only stopped says hello again."""
-        latest = self._clock() - self._silence_seconds
+        latest = self._clock() - self._silence_s
         for engine in list(self._engines.values()):
             if min(engine.seen.values()) < latest:
-                log.warning("%s was silent for %.0f s and is forgotten", engine.name, self._silence_seconds)
+                log.warning("%s was silent for %.0f s and is forgotten", engine.name, self._silence_s)
                 del self._engines[engine.name]
 
     def _hello(self, peer: bytes, hello: EngineHello) -> Outgoing:
@@ -150,71 +144,121 @@ class Delivery:
         if engine is not None and hello.incarnation < engine.incarnation:
             return [(peer, Refused(reason="fenced", detail=f"{hello.engine} has restarted since"))]
         if engine is None or hello.incarnation > engine.incarnation:
-            engine = self._engines[hello.engine] = _Engine(hello.engine, hello.incarnation, hello.ranks, hello.version)
+            engine = self._engines[hello.engine] = Recipient(hello.engine, hello.incarnation, hello.ranks)
         engine.peers[hello.rank], engine.seen[hello.rank] = peer, self._clock()
-        engine.update, engine.verifying = None, False
-        engine.held = hello.version
-        engine.claims[hello.rank] = hello.weights_hash
+        engine.hellos[hello.rank] = hello
+        engine.drop_update()
+        engine.verifying = False
         return self._next(engine)
 
-    def _next(self, engine: _Engine) -> Outgoing:
+    def _next(self, engine: Recipient) -> Outgoing:
         if engine.update is not None or engine.verifying or len(engine.peers) < engine.ranks:
             return []
-        if self._chain.version is None or self._chain.version.history < engine.held.history:
+        newest = self._chain.version
+        claimed: list[Version | None] = [hello.version for hello in engine.hellos.values()] or [engine.held]
+        if newest is None or any(version is not None and version.history > newest.history for version in claimed):
             return []  # nothing leads back to a line of training that has ended: it waits for the new one's versions
-        if engine.claims:
-            claimed, expected = _total(list(engine.claims.values())), self._chain.hashes.get(engine.held)
-            engine.claims.clear()
-            if claimed != expected:
-                why = "is from before this publisher's time" if expected is None else "should have other bits"
-                log.warning("%s holds version %s, which %s; it gets an anchor", engine.name, engine.held, why)
-                return self._send(engine, self._chain.anchor())
-        update = self._chain.update_from(engine.held)
-        if update is not None:
-            return self._send(engine, update)
-        if engine.verify or engine.held == self._final:
+        if engine.hellos:
+            self._believe(engine)
+        if engine.held != newest:
+            return self._bring_up(engine, engine.held)
+        if engine.verify or (engine.held == self._final and not engine.verified):
             return self._verify(engine)
         return []
 
-    def _send(self, engine: _Engine, update: Update) -> Outgoing:
-        engine.update, engine.sent_at = update, self._clock()
-        engine.attempt = next(self._attempts)
-        engine.staged.clear()
-        engine.live.clear()
-        parts = [dataclasses.replace(part, attempt=engine.attempt) for part in update.parts]
-        return [(peer, part) for peer in engine.peers.values() for part in parts]
+    def _believe(self, engine: Recipient) -> None:
+        """What the ranks say in their hellos, if they agree with each other and with what was published."""
+        versions = {hello.version for hello in engine.hellos.values()}
+        known = versions == {engine.held}
+        if len(engine.hellos) == engine.ranks:
+            held, (total, problem) = max(versions), combined(engine.hellos)
+            expected = self._chain.hashes.get(held)
+            known = len(versions) == 1 and total == expected and not problem
+            if not known:
+                log.warning(
+                    "%s holds version %s with fingerprint %s; here it is %s", engine.name, held, total, expected
+                )
+            engine.held = held
+        if not known:
+            log.warning("%s gets all weights", engine.name)
+            engine.held = None
+        engine.hellos.clear()
 
-    def _staged(self, engine: _Engine, staged: Staged) -> Outgoing:
-        if engine.update is None or staged.attempt != engine.attempt or staged.rank not in engine.peers:
+    def _bring_up(self, engine: Recipient, held: Version | None) -> Outgoing:
+        update = self._chain.prepared(held)
+        if update is None:
+            self.wanted.add(held)
             return []
-        if staged.problem:
-            log.warning("%s cannot take version %s: %s", engine.name, staged.target, staged.problem)
-            return self._heal(engine, staged.problem)
-        engine.staged.add(staged.rank)
-        if len(engine.staged) < engine.ranks:
-            return []
-        return [(engine.peers[0], CommitOrder(target=engine.update.target))]
+        return self._send(engine, update)
 
-    def _heal(self, engine: _Engine, problem: str) -> Outgoing:
+    def _send(self, engine: Recipient, update: Update) -> Outgoing:
+        engine.begin(update, next(self._attempts), self._clock())
+        return [out for rank in engine.peers for out in self._more(engine, rank)]
+
+    def _more(self, engine: Recipient, rank: int) -> Outgoing:
+        """As many parts as the rank has credit for."""
+        return [self._part(engine, rank, part) for part in engine.credited(rank, self._weights.parts_ahead)]
+
+    def _part(self, engine: Recipient, rank: int, part: int) -> tuple[bytes, Any]:
+        assert engine.update is not None
+        return engine.peers[rank], numbered(engine.update.parts[part], engine.attempt)
+
+    def _unanswered(self, engine: Recipient) -> Outgoing:
+        """All that has been said and not been answered."""
+        if engine.verifying:
+            missing = [rank for rank in engine.peers if rank not in engine.hashes]
+            return [(engine.peers[rank], HashOrder(version=self._held(engine))) for rank in missing]
+        if engine.update is None:
+            return []
+        if engine.is_staged():
+            return self._order(engine, [rank for rank in engine.peers if rank not in engine.live])
+        return [self._part(engine, rank, part) for rank in engine.peers for part in engine.in_flight(rank)]
+
+    def _order(self, engine: Recipient, ranks: list[int]) -> Outgoing:
+        assert engine.update is not None
+        order = CommitOrder(target=engine.update.target, attempt=engine.attempt)
+        return [(engine.peers[rank], order) for rank in ranks]
+
+    def _taken(self, engine: Recipient, rank: int, taken: PartTaken) -> Outgoing:
+        update = engine.update
+        if update is None or taken.attempt != engine.attempt or not 0 <= taken.part < len(update.parts):
+            return []
+        if taken.problem:
+            log.warning("%s cannot take version %s: %s", engine.name, update.target, taken.problem)
+            return self._heal(engine, taken.problem)
+        if taken.corrupt:
+            engine.corrupt += 1
+            if engine.corrupt > len(update.parts) * MAX_FAILURES:
+                return self._heal(engine, f"{engine.corrupt} parts of version {update.target} arrived corrupt")
+            return [self._part(engine, rank, taken.part)]
+        if engine.is_staged() or not engine.take(rank, taken.part):
+            return []
+        engine.spoken_at = self._clock()
+        if engine.is_staged():
+            engine.staged_at = self._clock()
+            return self._order(engine, list(engine.peers))
+        return self._more(engine, rank)
+
+    def _heal(self, engine: Recipient, problem: str) -> Outgoing:
         """An anchor needs no base and writes every element.  Raises WeightsError if that keeps failing too."""
         engine.failures += 1
-        if engine.failures > MAX_FAILURES:
-            raise WeightsError(
-                f"{engine.name} failed {engine.failures} times in a row to take an update; last: {problem}"
-            )
-        return self._send(engine, self._chain.anchor())
+        times = max(engine.failures, engine.mismatches)
+        if times > MAX_FAILURES:
+            raise WeightsError(f"{engine.name} failed {times} times in a row to hold what was published: {problem}")
+        engine.drop_update()
+        engine.held = None
+        return self._next(engine)
 
-    def _live(self, engine: _Engine, live: Live) -> Outgoing:
+    def _live(self, engine: Recipient, rank: int, live: Live) -> Outgoing:
         update = engine.update
-        if update is None or live.target != update.target or live.rank not in engine.peers:
+        if update is None or live.attempt != engine.attempt or live.target != update.target:
             return []
-        engine.live[live.rank] = live
+        engine.live[rank] = live
         if len(engine.live) < engine.ranks:
             return []
         ranks = list(engine.live.values())
-        total = _total([rank.weights_hash for rank in ranks])
-        problems = [rank.problem for rank in ranks if rank.problem]
-        matches = total == self._chain.hashes[update.target] and not problems
+        total, problem = self._judged(engine.live, update.target)
+        problem = next((each.problem for each in ranks if each.problem), problem)
         self.reports.append(
             VersionReport(
                 engine=engine.name,
@@ -224,58 +268,66 @@ class Delivery:
                 full_bytes=self._chain.full_bytes,
                 changed=update.changed,
                 elements=self._chain.elements,
+                code="anchor" if update.anchor else "fast",
                 encode_seconds=update.encode_seconds,
-                stage_seconds=max(rank.stage_seconds for rank in ranks),
-                stall_seconds=max(rank.stall_seconds for rank in ranks),
+                send_seconds=engine.staged_at - engine.sent_at,
+                stage_seconds=max(each.stage_seconds for each in ranks),
+                stall_seconds=max(each.stall_seconds for each in ranks),
                 commit_seconds=self._clock() - engine.sent_at,
                 weights_hash=total,
-                hash_matches=matches,
+                hash_matches=not problem,
+                forward_counts=sorted({each.forward_count for each in ranks}),
             )
         )
-        engine.update, engine.held = None, update.target
-        if not matches:
-            log.error("%s: version %s did not become live as published", engine.name, update.target)
-            return self._heal(engine, problems[0] if problems else f"it holds {total}")
+        engine.drop_update()
+        engine.held = update.target
+        if problem:
+            log.error("%s: version %s did not become live as published: %s", engine.name, update.target, problem)
+            return self._heal(engine, problem)
         engine.failures = 0
-        engine.verify = engine.verify or (self._verify_every > 0 and update.target.step % self._verify_every == 0)
+        every = self._weights.verify_every
+        engine.verify = engine.verify or (every > 0 and update.target.step % every == 0)
         if engine.verify:
             return self._verify(engine)
         return self._next(engine)
 
-    def _verify(self, engine: _Engine) -> Outgoing:
-        engine.verify, engine.verifying = False, True
-        engine.hashes.clear()
-        return [(peer, HashOrder(version=engine.held)) for peer in engine.peers.values()]
+    def _judged(self, ranks: Mapping[int, Total], version: Version) -> tuple[str, str]:
+        """Fingerprint of a whole engine, and what is wrong with it, if anything is."""
+        total, problem = combined(ranks)
+        expected = self._chain.hashes[version]
+        return total, problem or ("" if total == expected else f"its fingerprint is {total}, not {expected}")
 
-    def _hashed(self, engine: _Engine, report: HashReport) -> Outgoing:
-        if not engine.verifying or report.rank not in engine.peers:
+    def _held(self, engine: Recipient) -> Version:
+        assert engine.held is not None
+        return engine.held
+
+    def _verify(self, engine: Recipient) -> Outgoing:
+        engine.verify, engine.verifying, engine.spoken_at = False, True, self._clock()
+        engine.hashes.clear()
+        return [(peer, HashOrder(version=self._held(engine))) for peer in engine.peers.values()]
+
+    def _hashed(self, engine: Recipient, rank: int, report: HashReport) -> Outgoing:
+        if not engine.verifying:
             return []
-        if report.version != engine.held:
+        held = self._held(engine)
+        if report.version != held:
             engine.verifying, engine.verify = False, True
             return self._next(engine)
-        engine.hashes[report.rank] = report
+        engine.hashes[rank] = report
         if len(engine.hashes) < engine.ranks:
             return []
         engine.verifying = False
-        total = _total([each.weights_hash for each in engine.hashes.values()])
-        expected = self._chain.hashes[report.version]
-        verified = EngineVerified(engine=engine.name, version=report.version, weights_hash=total, expected=expected)
+        total, problem = self._judged(engine.hashes, held)
+        verified = EngineVerified(
+            engine=engine.name, version=held, weights_hash=problem or total, expected=self._chain.hashes[held]
+        )
         self.reports.append(verified)
-        if report.version == self._final:
+        if held == self._final:
             self.final_reports[engine.name] = verified
-        if total != expected:
-            log.error(
-                "%s: live weights of version %s are %s, expected %s", engine.name, report.version, total, expected
-            )
-            return self._heal(engine, f"its live weights are {total}")
-        if self._final == engine.held:
-            return []
+            engine.verified = not problem
+        if problem:
+            log.error("%s: recomputed at version %s: %s", engine.name, held, problem)
+            engine.mismatches += 1
+            return self._heal(engine, problem)
+        engine.mismatches = 0
         return self._next(engine)
-
-
-def _total(hashes: list[str]) -> str:
-    """Fingerprint of a model from those of its ranks; what a rank could not compute stays readable."""
-    try:
-        return f"{sum(int(each, 16) for each in hashes) % (1 << 64):016x}"
-    except ValueError:
-        return "; ".join(hashes)

@@ -1,9 +1,9 @@
-"""The publisher process: takes snapshots from the learner, keeps one host copy, brings every engine up to date.
+"""The publisher's process: takes versions from the learner, keeps one host copy, brings every engine up to date.
 
     python -m engines.weights.publisher RECIPE --run-id R --queue ADDRESS --bind ADDRESS --ready-fd N
 
 The decisions are `Chain`'s (what an update is) and `Delivery`'s (who gets which when); this is the shell around them.
-It keeps nothing on disk.  A restarted one asks the learner for its newest version and the engines for what they hold.
+It keeps nothing on disk.  A restarted one asks the learner for all weights and the engines for what they hold.
 """
 
 import argparse
@@ -11,11 +11,16 @@ import asyncio
 import logging
 import os
 import time
+from collections import deque
+from contextlib import AsyncExitStack
 
 import torch
 
-from engines.weights.chain import Chain, snapshot_tensors
+from engines.weights.chain import Chain
+from engines.weights.codes import payload
 from engines.weights.delivery import Delivery, Outgoing
+from engines.weights.directory import Outbox
+from engines.weights.stock_fleet import StockFleet
 from stream_rl import config, runtime
 from stream_rl.errors import StreamRLError, WeightsError
 from stream_rl.messages import (
@@ -25,12 +30,12 @@ from stream_rl.messages import (
     Hello,
     LearnerDone,
     Live,
+    PartTaken,
     Refused,
-    Snapshot,
-    SnapshotOffer,
-    SnapshotTaken,
-    SnapshotWanted,
-    Staged,
+    UpdatePart,
+    VersionOffer,
+    VersionTaken,
+    VersionWanted,
     Welcome,
 )
 from stream_rl.session import Session
@@ -42,16 +47,31 @@ NAME = "publisher-0"
 
 
 class Publisher:
-    """The shell around `Chain` and `Delivery`: one loop over the messages of the learner and the engines, one over
-    those of the queue."""
+    """The shell around `Chain` and `Delivery`: one loop over what learner and engines say, one in which versions are
+    taken and updates prepared while the first goes on, one that reminds."""
 
     def __init__(self, recipe: config.Recipe, run: str, incarnation: int, router: Router, queue: Session) -> None:
-        self._run, self._router, self._queue = run, router, queue
-        weights, silence = recipe.weights, recipe.supervise.silence_timeout_s
+        self._run, self._router, self._queue, self._supervise = run, router, queue, recipe.supervise
+        weights, supervise = recipe.weights, recipe.supervise
         self._chain = Chain(run, weights.part_bytes, weights.keep_deltas)
-        self._delivery = Delivery(run, incarnation, self._chain, weights.verify_every, silence, time.monotonic)
-        self._incoming: dict[int, Snapshot] = {}
-        self._incoming_version: Version | None = None
+        self._delivery = Delivery(
+            run, incarnation, self._chain, weights, supervise.retry_s, supervise.silence_timeout_s, time.monotonic
+        )
+        self._outbox = Outbox.of(recipe)
+        self._fleet = StockFleet(recipe)
+        self._parts: dict[tuple[int, int], UpdatePart] = {}
+        """Of the version that is coming, by source and number."""
+        self._in_hand: Version | None = None
+        """The newest version of which every part is here; it may not have been taken yet."""
+        self._arrived: deque[tuple[bytes, list[UpdatePart]]] = deque()
+        """At most two: the learner sends the next when it has heard VersionTaken."""
+        self._work = asyncio.Event()
+
+    async def run(self) -> None:
+        """All loops of this process but the session's."""
+        async with asyncio.TaskGroup() as tasks:
+            for loop in (self.serve(), self.work(), self.remind(), self.listen(), self._fleet.run(self._queue.send)):
+                tasks.create_task(loop)
 
     async def serve(self) -> None:
         """Consumes: messages to the router.  Waits for: the next one.  Produces: updates for the engines, reports for
@@ -59,20 +79,37 @@ class Publisher:
         while True:
             peer, message = await self._router.receive()
             match message:
-                case SnapshotOffer():
-                    await self._send([self._offered(peer, message.version)])
-                case Snapshot():
-                    await self._send(await self._snapshot(peer, message))
+                case VersionOffer():
+                    await self._say([(peer, answer) for answer in self._offered(message)])
+                case UpdatePart():
+                    await self._say([(peer, answer) for answer in self._part(peer, message)])
                 case LearnerDone():
-                    await self._send(self._delivery.finish(message.final))
-                case EngineHello() | Alive() | Staged() | Live() | HashReport():
-                    await self._send(self._delivery.handle(peer, message))
+                    await self._say(self._delivery.finish(message.final))
+                case EngineHello() | Alive() | PartTaken() | Live() | HashReport():
+                    await self._say(self._delivery.handle(peer, message))
                 case _:
                     detail = f"the publisher has no use for a {type(message).__name__}"
-                    await self._send([(peer, Refused(reason="unexpected", detail=detail))])
-            for report in self._delivery.reports:
-                await self._queue.send(report)
-            self._delivery.reports.clear()
+                    await self._say([(peer, Refused(reason="unexpected", detail=detail))])
+
+    async def work(self) -> None:
+        """Consumes: versions of which all parts are here, and wishes for updates.  Waits for: the next.  Produces:
+        the chain's newest version, prepared updates.  Unblocked by: `serve`."""
+        while True:
+            await self._work.wait()
+            self._work.clear()
+            while self._arrived or self._delivery.wanted:
+                if self._arrived:
+                    await self._take(*self._arrived.popleft())
+                else:
+                    await asyncio.to_thread(self._chain.prepare, self._delivery.wanted.pop())
+                    await self._say(self._delivery.advance())
+
+    async def remind(self) -> None:
+        """Consumes: time.  Waits for: half of supervise.retry_s.  Produces: what has had no answer, once more.
+        Unblocked by: the clock."""
+        while True:
+            await asyncio.sleep(self._supervise.retry_s / 2)
+            await self._say(self._delivery.remind())
 
     async def listen(self) -> None:
         """Consumes: what the queue says.  Waits for: the next.  Produces: once more, to a queue that was restarted,
@@ -87,66 +124,90 @@ class Publisher:
                 case _:
                     log.warning("the queue sent a %s, which the publisher has no use for", type(message).__name__)
 
-    def _offered(self, peer: bytes, version: Version) -> tuple[bytes, SnapshotTaken | SnapshotWanted | Refused]:
-        if self._chain.has(version):
-            return peer, SnapshotTaken(version=version)
-        return peer, self._old_history(version) or SnapshotWanted(version=version)
+    # -- the learner's side ------------------------------------------------------------------------------------
 
-    async def _snapshot(self, peer: bytes, part: Snapshot) -> Outgoing:
+    def _offered(self, offer: VersionOffer) -> list[VersionTaken | VersionWanted | Refused]:
+        if self._chain.has(offer.target):
+            return [VersionTaken(target=offer.target)]
+        if (refused := self._old_history(offer.target)) is not None:
+            return [refused]
+        newest = self._newest()
+        if newest is not None and newest.history == offer.target.history and offer.target <= newest:
+            return []  # being read; the answer comes when that is done
+        return [VersionWanted(target=offer.target, anchor=offer.base == offer.target or offer.base != newest)]
+
+    def _part(self, peer: bytes, part: UpdatePart) -> list[VersionTaken | Refused]:
         if part.run != self._run:
-            detail = f"this publisher serves run {self._run!r}, the snapshot is of {part.run!r}"
-            return [(peer, Refused(reason="other_run", detail=detail))]
-        if not 0 <= part.part < part.parts:
-            return [(peer, Refused(reason="bad_part", detail=f"part {part.part} of {part.parts}"))]
-        if refused := self._old_history(part.version):
-            return [(peer, refused)]
-        if self._chain.has(part.version):  # sent again by a learner that did not hear the answer
-            return [(peer, SnapshotTaken(version=part.version))] if part.part == part.parts - 1 else []
-        if part.version != self._incoming_version:
-            self._incoming, self._incoming_version = {}, part.version
-        self._incoming[part.part] = part
-        if len(self._incoming) < part.parts:
+            detail = f"this publisher serves run {self._run!r}, the update is of {part.run!r}"
+            return [Refused(reason="other_run", detail=detail)]
+        if not 0 <= part.part < part.parts or not 0 <= part.source < part.sources:
+            return [Refused(reason="bad_part", detail=f"part {part.part} of {part.parts}, source {part.source}")]
+        if (refused := self._old_history(part.target)) is not None:
+            return [refused]
+        if self._chain.has(part.target):  # sent again by a learner that did not hear the answer
+            return [VersionTaken(target=part.target)] if part.part == part.parts - 1 else []
+        if part.target == self._in_hand:
             return []
-        parts = [self._incoming[i] for i in range(part.parts)]
-        self._incoming, self._incoming_version = {}, None
+        if self._parts and _line(part) != _line(next(iter(self._parts.values()))):
+            self._parts.clear()
+        self._parts[part.source, part.part] = part
+        counts = {source: each.parts for (source, _), each in self._parts.items()}
+        if len(counts) == part.sources and len(self._parts) == sum(counts.values()):
+            self._arrived.append((peer, [self._parts[key] for key in sorted(self._parts)]))
+            self._in_hand = part.target
+            self._parts.clear()
+            self._work.set()
+        return []
+
+    async def _take(self, peer: bytes, parts: list[UpdatePart]) -> None:
+        target = parts[0].target
         try:
-            tensors = await asyncio.to_thread(_tensors, parts)
-            self._chain.check(part.version, tensors)
+            arrival = await asyncio.to_thread(self._chain.arrive, parts)
         except WeightsError as error:
-            return [(peer, Refused(reason="bad_snapshot", detail=str(error)))]
-        # it is in our hands: the learner need not wait for the difference to be found
-        await self._send([(peer, SnapshotTaken(version=part.version))])
-        await asyncio.to_thread(self._chain.advance, part.version, tensors)
-        return self._delivery.advance()
+            self._in_hand = None
+            await self._say([(peer, Refused(reason="bad_update", detail=str(error)))])
+            return
+        # it is in our hands: the learner need not wait for the rest
+        await self._say([(peer, VersionTaken(target=target))])
+        await asyncio.to_thread(self._chain.take, arrival, self._outbox.write if self._outbox else None)
+        if self._outbox is not None:
+            await asyncio.to_thread(self._outbox.settle, self._chain)
+        await self._fleet.offer(self._chain)
+        await self._say(self._delivery.advance())
+
+    def _newest(self) -> Version | None:
+        return self._in_hand or self._chain.version
 
     def _old_history(self, version: Version) -> Refused | None:
         """The answer to a learner that another one has taken the place of."""
-        newest = self._chain.version if self._incoming_version is None else self._incoming_version
+        newest = self._newest()
         if newest is None or version.history >= newest.history:
             return None
         detail = f"version {version} is of a line of training that has ended; the newest is {newest}"
         return Refused(reason="old_history", detail=detail)
 
-    async def _send(self, outgoing: Outgoing) -> None:
+    async def _say(self, outgoing: Outgoing) -> None:
         for peer, message in outgoing:
             if not await self._router.send(peer, message):
                 self._delivery.unreachable(peer)
+        reports, self._delivery.reports = self._delivery.reports, []
+        for report in reports:
+            await self._queue.send(report)
+        if self._delivery.wanted:
+            self._work.set()
 
 
-def _tensors(parts: list[Snapshot]) -> dict[str, tuple[torch.dtype, torch.Tensor]]:
-    tensors: dict[str, tuple[torch.dtype, torch.Tensor]] = {}
-    for part in parts:
-        tensors |= snapshot_tensors(part)
-    return tensors
+def _line(part: UpdatePart) -> tuple[object, ...]:
+    return part.base, part.target, part.anchor, part.sources
 
 
 async def main(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     recipe = config.load(options.recipe)
-    async with (
-        Router.bind(options.bind) as router,
-        Dealer.connect(options.queue, f"{NAME}@{options.incarnation}") as dealer,
-    ):
+    payload.prepare()
+    async with AsyncExitStack() as stack:
+        router = await stack.enter_async_context(Router.bind(options.bind))
+        dealer = await stack.enter_async_context(Dealer.connect(options.queue, f"{NAME}@{options.incarnation}"))
         hello = Hello(
             run=options.run_id,
             role="publisher",
@@ -159,7 +220,7 @@ async def main(options: argparse.Namespace) -> None:
         await queue.start()
         publisher = Publisher(recipe, options.run_id, options.incarnation, router, queue)
         runtime.report_ready(options.ready_fd, address=router.address)
-        await runtime.supervise(serve=publisher.serve(), queue=queue.run(), listen=publisher.listen())
+        await runtime.supervise(publisher=publisher.run(), queue=queue.run())
 
 
 if __name__ == "__main__":

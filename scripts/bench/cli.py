@@ -5,6 +5,9 @@ import pathlib
 
 import click
 
+from scripts.bench.codec import codec
+from scripts.bench.publish import publish
+
 
 @click.group()
 def bench() -> None:
@@ -27,3 +30,7 @@ def queue(tokens: int, requests: int, path: pathlib.Path | None, fsync: bool) ->
     if path is not None:
         path.write_text(text + "\n")
     click.echo(text)
+
+
+bench.add_command(codec)
+bench.add_command(publish)

@@ -5,9 +5,12 @@ rates   on made-up weights up to a gigabyte, against memcpy
 """
 
 import json
+import os
 import pathlib
 import platform
+import time
 from collections.abc import Callable
+from importlib import metadata
 from itertools import pairwise
 from typing import Any
 
@@ -27,7 +30,7 @@ TARGETS = {
     "fast_encode_over_memcpy": (0.7, ">="),
     "fast_apply_over_memcpy": (0.9, ">="),
 }
-"""At 1.4 % changed, the rates at 1 %."""
+"""At 1.4 % changed; the rates at 1 %, the worst of all sizes."""
 
 
 def run(max_bytes: int, pairs: int, training_steps: int, say: Callable[[str], None]) -> dict[str, Any]:
@@ -40,6 +43,7 @@ def run(max_bytes: int, pairs: int, training_steps: int, say: Callable[[str], No
 
     if not 2 <= pairs <= MOST_PAIRS:
         raise ConfigError(f"pairs must be 2 to {MOST_PAIRS}, got {pairs}")
+    load = os.getloadavg()[0]
     specimens.use_one_core()
     snapshots = _snapshots(training_steps, say)
     sizes = [size for size in SIZES if size <= max_bytes] or [max_bytes]
@@ -55,11 +59,15 @@ def run(max_bytes: int, pairs: int, training_steps: int, say: Callable[[str], No
         "xor_zstd1_over_small": nearest["small_times_smaller_than"]["xor_zstd1"],
         "gap_xor_zstd1_over_small": nearest["small_times_smaller_than"]["gap_xor_zstd1"],
         "fast_bits_per_changed": nearest["bits_per_changed"]["fast"],
-        "fast_encode_over_memcpy": made_up[len(sizes) - 1]["encode_over_memcpy"]["mean"],
-        "fast_apply_over_memcpy": made_up[len(sizes) - 1]["apply_over_memcpy"]["mean"],
+        "fast_encode_over_memcpy": min(each["encode_over_memcpy"]["mean"] for each in made_up[: len(sizes)]),
+        "fast_apply_over_memcpy": min(each["apply_over_memcpy"]["mean"] for each in made_up[: len(sizes)]),
     }
     return {
-        "machine": {"processor": _processor(), "kernels": kernels().__name__.rsplit(".", 1)[-1]},
+        "machine": {"processor": _processor(), "cores": os.cpu_count(), "load_average_before": load},
+        "versions": {name: metadata.version(name) for name in ("torch", "numpy", "numba", "zstandard")},
+        "kernels": kernels().__name__.rsplit(".", 1)[-1],
+        "date": time.strftime("%F"),
+        "command": f"stream-rl bench codec --max-bytes {max_bytes} --pairs {pairs} --training-steps {training_steps}",
         "snapshots": snapshots,
         "made_up": made_up,
         "targets": {

@@ -24,7 +24,8 @@ MOST_PAIRS = len(_T_975) + 1
 
 
 def rates(num_bytes: int, share: float, code: Code, pairs: int) -> dict[str, Any]:
-    """Encoding (finding the changes included) and applying (decoding included) of bf16 weights of about `num_bytes`."""
+    """Encoding (finding the changes included) and applying (decoding included) of bf16 weights of about `num_bytes`,
+    tensor by tensor, as parts of an update are made and read."""
     old, new = _weights(num_bytes, share)
     live, copy = ([bits.clone() for bits in old] for _ in range(2))
 
@@ -32,14 +33,14 @@ def rates(num_bytes: int, share: float, code: Code, pairs: int) -> dict[str, Any
         for source, target in zip(new, copy, strict=True):
             np.copyto(target.numpy(), source.numpy())
 
-    def encode() -> Any:
-        return payload.encode([specimens.change(a, b) for a, b in zip(old, new, strict=True)], code)
+    def encode() -> int:
+        return sum(payload.encode([specimens.change(a, b)], code).size for a, b in zip(old, new, strict=True))
 
-    encoded = encode()
+    payloads = [payload.encode([specimens.change(a, b)], code) for a, b in zip(old, new, strict=True)]
 
     def apply() -> None:
-        held = live if code is Code.FAST else old
-        for bits, delta in zip(live, payload.decode(encoded, [specimens.known(a) for a in held]), strict=True):
+        for bits, base, encoded in zip(live, live if code is Code.FAST else old, payloads, strict=True):
+            [delta] = payload.decode(encoded, [specimens.known(base)])
             if not isinstance(delta, ulp.SparseDelta):
                 raise WeightsError("made-up weights with few changes came back dense")
             ulp.apply_(bits, delta)
@@ -56,7 +57,7 @@ def rates(num_bytes: int, share: float, code: Code, pairs: int) -> dict[str, Any
         "code": code.name.lower(),
         "bytes": 2 * elements,
         "changed_share": changed / elements,
-        "bits_per_changed": 8 * encoded.size / changed,
+        "bits_per_changed": 8 * sum(encoded.size for encoded in payloads) / changed,
         "encode_over_memcpy": _against(encode, memcpy, pairs, copies),
         "apply_over_memcpy": _against(apply, memcpy, pairs, copies),
         "memcpy_gb_per_s": 2 * elements / statistics.median(copies) / 1e9,

@@ -5,10 +5,10 @@ Who says what to whom, all DEALER to ROUTER:
     engine    -> queue      Hello, Chunks, EngineStats            <- Welcome, Ack, Refused
     actor     -> queue      Hello, OpenGroup, CloseTrajectory ... <- Welcome, Ack, Admit, Resume, Park, Cancel, Drain
     learner   -> queue      Hello, LeaseRequest, Applied ...      <- Welcome, Lease, Done
-    publisher -> queue      Hello, VersionReport, EngineVerified  <- Welcome
+    publisher -> queue      Hello, VersionReport, StockReport ...  <- Welcome
     observer  -> queue      Hello, StatusRequest, Shutdown        <- Welcome, Status, StepRecord
-    learner   -> publisher  SnapshotOffer, Snapshot, LearnerDone  <- SnapshotWanted, SnapshotTaken
-    engine    -> publisher  EngineHello, Alive, Staged, Live ...  <- UpdatePart, CommitOrder, HashOrder
+    learner   -> publisher  VersionOffer, UpdatePart, LearnerDone  <- VersionWanted, VersionTaken
+    engine    -> publisher  EngineHello, Alive, PartTaken, Live   <- UpdatePart, CommitOrder, HashOrder
 
 Any of them may be killed and started again.  What must not be lost is sent until it is answered: sequenced messages
 (engines' chunks, what actors say of trajectories) until an `Ack` covers them, requests until their reply comes.  Who is
@@ -41,13 +41,13 @@ from stream_rl.messages.weights import (
     HashOrder,
     HashReport,
     Live,
-    Snapshot,
-    SnapshotOffer,
-    SnapshotTaken,
-    SnapshotWanted,
-    Staged,
+    PartTaken,
+    StockReport,
     UpdatePart,
+    VersionOffer,
     VersionReport,
+    VersionTaken,
+    VersionWanted,
 )
 
 __all__ = [
@@ -79,18 +79,18 @@ __all__ = [
     "Live",
     "OpenGroup",
     "Park",
+    "PartTaken",
     "Refused",
     "Resume",
     "Shutdown",
-    "Snapshot",
-    "SnapshotOffer",
-    "SnapshotTaken",
-    "SnapshotWanted",
-    "Staged",
     "Status",
     "StatusRequest",
     "StepRecord",
+    "StockReport",
     "UpdatePart",
+    "VersionOffer",
     "VersionReport",
+    "VersionTaken",
+    "VersionWanted",
     "Welcome",
 ]

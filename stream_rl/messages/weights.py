@@ -1,45 +1,68 @@
 """The learner, the publisher and the engines: versions of the weights on their way."""
 
+from dataclasses import field
+
 from stream_rl.types import ByteArray, Version
 from stream_rl.wire import message
 
 
 @message
-class Snapshot:
-    """Learner to publisher: some of the tensors of a version, in checkpoint names and layout."""
+class VersionOffer:
+    """Learner to publisher, now and then: `target` is the newest version, and `base` is what its changes are against.
+    Answered by VersionTaken, or by VersionWanted from a publisher that has it not."""
 
-    run: str
-    version: Version
-    part: int
-    parts: int
-    names: list[str]
-    dtypes: list[str]
-    """torch names: float32, bfloat16."""
-    shapes: list[list[int]]
-    payload: ByteArray
-    """The tensors' bytes back to back."""
+    base: Version
+    """Equal to `target` if there is nothing before it."""
+    target: Version
 
 
 @message
-class SnapshotOffer:
-    """Learner to publisher, now and then: this is the newest version.  Answered by SnapshotTaken, or by SnapshotWanted
-    from a publisher that was restarted and has it no more."""
-
-    version: Version
-
-
-@message
-class SnapshotWanted:
+class VersionWanted:
     """Publisher to learner: send all parts of the version (again)."""
 
-    version: Version
+    target: Version
+    anchor: bool
+    """All of the weights, since the publisher does not hold the offer's base.  They may be those of a newer version."""
 
 
 @message
-class SnapshotTaken:
+class VersionTaken:
     """Publisher to learner: the version is in the publisher's hands; the next may be sent."""
 
-    version: Version
+    target: Version
+
+
+@message
+class UpdatePart:
+    """One part of what leads from one version to another, on its way from the learner to the publisher and on to the
+    engines.  Made and read by engines.weights.parts."""
+
+    run: str
+    base: Version
+    """The update applies only on top of this version; equal to `target` in an anchor, which needs none."""
+    target: Version
+    anchor: bool
+    part: int
+    parts: int
+    source: int = 0
+    """Of a learner of several ranks, the one that sends this; each sends its own parts from 0."""
+    sources: int = 1
+    names: list[str]
+    """Of a slice of a checkpoint tensor each, as are the next three."""
+    starts: list[int]
+    """Flat position in the tensor at which the slice begins."""
+    counts: list[int]
+    """Elements of the slice."""
+    dtypes: list[str]
+    """torch names: float32, bfloat16."""
+    checksum: int
+    """crc32 of everything else in here."""
+    target_hash: str = ""
+    """Fingerprint of the whole model at `target`; the learner leaves it to the publisher."""
+    attempt: int = 0
+    """Counts what the publisher has sent to this engine: a newer attempt replaces whatever was staged before it."""
+    payload: ByteArray
+    """The slices' changes: see engines.weights.codes.payload."""
 
 
 @message
@@ -53,53 +76,35 @@ class EngineHello:
     ranks: int
     version: Version
     weights_hash: str
+    """This rank's part of the sum."""
+    replicas: dict[str, str]
+    """As in Live."""
 
 
 @message
-class UpdatePart:
-    """One part of one update.  An engine stages it in the background and answers Staged after the last."""
-
-    run: str
-    base: Version
-    """The update applies only on top of this version; equal to `target` in an anchor, which needs none."""
-    target: Version
-    anchor: bool
-    part: int
-    parts: int
-    names: list[str]
-    codes: list[str]
-    """How each tensor is coded: see engines.weights.codec."""
-    sizes: list[list[int]]
-    """Byte sizes of each tensor's buffers within `payload`, in order."""
-    dtypes: list[str]
-    checksum: int
-    """crc32 of `payload`."""
-    target_hash: str
-    """Fingerprint of the whole model at `target`."""
-    attempt: int = 0
-    """Counts what the publisher has sent to this engine: a newer attempt replaces whatever was staged before it."""
-    payload: ByteArray
-
-
-@message
-class Staged:
-    """Engine rank to publisher: every part of `target` is here, checked and ready to be written."""
+class PartTaken:
+    """Engine rank to publisher: a part is here and has been checked, which gives credit for another.  When the last
+    is, the whole update is staged: ready to be written."""
 
     engine: str
     incarnation: int
     rank: int
-    target: Version
-    attempt: int = 0
-    """Of the parts; an answer to an older one is ignored."""
+    attempt: int
+    """Of the part; an answer to an older one is ignored."""
+    part: int
+    corrupt: bool = False
+    """It is not here, and wanted again."""
     problem: str = ""
-    """Why it cannot be applied, if it cannot: base, checksum, shape.  The publisher answers with an anchor."""
+    """Why the update cannot be applied, if it cannot: base, shape, hash.  The publisher answers with an anchor."""
 
 
 @message
 class CommitOrder:
-    """Publisher to rank 0 of an engine: all ranks have staged `target`; make it live at the next step boundary."""
+    """Publisher to all ranks of an engine: all of them have staged `target`; make it live at the next step boundary.
+    Rank 0 carries it out on all of them.  Said again until each has said Live, and answered by that if it is live."""
 
     target: Version
+    attempt: int
 
 
 @message
@@ -110,11 +115,17 @@ class Live:
     incarnation: int
     rank: int
     target: Version
+    attempt: int
     weights_hash: str
-    """Incremental fingerprint of the live weights."""
+    """Incremental fingerprint of the live weights: this rank's part of the sum."""
+    replicas: dict[str, str]
+    """Fingerprints of what several ranks hold alike, by those ranks ("0,1"): they must be equal, and the sum counts
+    them at the first of them only."""
     stage_seconds: float
     stall_seconds: float
-    """Wall time that the scheduler thread spent on the commit."""
+    """Wall time that the scheduler thread spent on the commit, and on a GPU the time that the writes took there."""
+    forward_count: int = 0
+    """Forward passes that this rank had launched before the commit: as many as every other rank of the engine."""
     problem: str = ""
 
 
@@ -134,6 +145,8 @@ class HashReport:
     rank: int
     version: Version
     weights_hash: str
+    replicas: dict[str, str]
+    """As in Live."""
 
 
 @message
@@ -148,13 +161,19 @@ class VersionReport:
     changed: int
     """Elements whose bits differ."""
     elements: int
+    code: str
+    """fast or small: see engines.weights.codes."""
     encode_seconds: float
+    send_seconds: float
+    """From handing the first part to the engine's socket until every rank had taken the last."""
     stage_seconds: float
     stall_seconds: float
     commit_seconds: float
     """From handing the update to the engine's socket until it said Live."""
     weights_hash: str
     hash_matches: bool
+    forward_counts: list[int] = field(default_factory=list)
+    """As each rank had it in Live: one number, or the ranks switched at different steps."""
 
 
 @message
@@ -165,3 +184,16 @@ class EngineVerified:
     version: Version
     weights_hash: str
     expected: str
+
+
+@message
+class StockReport:
+    """Publisher to queue: an update of an SGLang server without our plugin, or what came in the way of it."""
+
+    server: str
+    version: Version
+    pause_seconds: float
+    """From asking it to pause until it went on."""
+    write_seconds: float
+    """Of the checkpoint that it read."""
+    problem: str = ""

@@ -9,7 +9,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engines.weights.codes.layout import BLOCK, ESCAPE, LARGEST, SKIP, Bits, Table
+from engines.weights.codes.layout import (
+    BLOCK,
+    ESCAPE,
+    HASH_BITS,
+    HASH_INDEX,
+    HASH_MIX_1,
+    HASH_MIX_2,
+    LARGEST,
+    SKIP,
+    Bits,
+    Table,
+)
 from stream_rl.errors import WeightsError
 from stream_rl.types import ByteArray, Int64Array
 
@@ -130,6 +141,28 @@ def select(base: Bits, bounds: Int64Array, counts: Int64Array, ranks: Int64Array
             start += count
     order = np.argsort(found, kind="stable")
     return found[order], order
+
+
+def element_sum(seed: int, indices: Int64Array, bits: Bits) -> int:
+    """Sum of the fingerprint's hashes of elements of a tensor, mod 2^64."""
+    total = 0
+    for start in range(0, indices.size, STRIP):
+        strip = slice(start, start + STRIP)
+        x = indices[strip].astype(np.uint64) * HASH_INDEX + bits[strip].astype(np.int64).view(np.uint64) * HASH_BITS
+        x += np.uint64(seed % (1 << 64))
+        x = (x ^ (x >> np.uint64(30))) * HASH_MIX_1
+        x = (x ^ (x >> np.uint64(27))) * HASH_MIX_2
+        x ^= x >> np.uint64(31)
+        total += int(x.sum(dtype=np.uint64))
+    return total % (1 << 64)
+
+
+def run_sum(seed: int, start: int, bits: Bits) -> int:
+    """The same for elements that follow each other from position `start`."""
+    strips = range(0, bits.size, STRIP)
+    return sum(
+        element_sum(seed, np.arange(start + i, start + min(i + STRIP, bits.size)), bits[i : i + STRIP]) for i in strips
+    ) % (1 << 64)
 
 
 def check_positions(indices: Int64Array, elements: int) -> None:

@@ -55,6 +55,11 @@ class Reader:
     def __init__(self, data: ByteArray) -> None:
         self._data, self._at = data, 0
 
+    @property
+    def left(self) -> int:
+        """Bytes that have not been taken."""
+        return self._data.size - self._at
+
     def array(self, count: int, dtype: str) -> npt.NDArray[Any]:
         """A copy, so that it is aligned and may be written."""
         return self.take(count * np.dtype(dtype).itemsize).copy().view(dtype)
@@ -95,12 +100,12 @@ class Reader:
         return values
 
     def end(self) -> None:
-        if self._at != self._data.size:
-            raise WeightsError(f"{self._data.size - self._at} bytes are left over")
+        if self.left:
+            raise WeightsError(f"{self.left} bytes are left over")
 
     def take(self, size: int) -> ByteArray:
-        if size > self._data.size - self._at:
-            raise WeightsError(f"{size} more bytes were promised, {self._data.size - self._at} are there")
+        if size > self.left:
+            raise WeightsError(f"{size} more bytes were promised, {self.left} are there")
         self._at += size
         return self._data[self._at - size : self._at]
 

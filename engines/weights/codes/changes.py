@@ -23,11 +23,24 @@ class Change:
 
     dtype: torch.dtype
     delta: SparseDelta | None
-    """None for a dtype without a sparse form: it is always dense."""
+    """None where only the new bits are known, or the dtype has no sparse form: it is always dense."""
     old: torch.Tensor | None = None
     """Flat bits before; `small` needs them."""
     new: torch.Tensor | None = None
     """Flat bits after; without them a tensor is never dense."""
+
+    @property
+    def elements(self) -> int:
+        """Of the whole tensor."""
+        if self.delta is not None:
+            return self.delta.elements
+        assert self.new is not None
+        return self.new.numel()
+
+    @property
+    def changed(self) -> int:
+        """Elements that are written; all of them where nobody has compared."""
+        return self.elements if self.delta is None else self.delta.changed
 
     @property
     def sparse(self) -> SparseDelta:

@@ -75,14 +75,16 @@ def _encode(chunk: list[Slice], changes: Sequence[Change]) -> Frame:
         first, last = np.searchsorted(positions, [start, stop]).tolist()
         indices.append(positions[first:last] + (edge - start))
         steps.append(delta.steps.numpy()[first:last])
-    base = _base(chunk, [change.old for change in changes])
-    return small.encode(base, np.concatenate(indices), np.concatenate(steps), MANTISSA[changes[chunk[0].tensor].dtype])
+    dtype = changes[chunk[0].tensor].dtype
+    base = _base(chunk, dtype, [change.old for change in changes])
+    return small.encode(base, np.concatenate(indices), np.concatenate(steps), MANTISSA[dtype])
 
 
 def _decode(frame: ByteArray, chunk: list[Slice], tensors: Sequence[Known]) -> list[tuple[Int64Array, Bits]]:
     """Positions and steps of each slice."""
-    base = _base(chunk, [tensor.old for tensor in tensors])
-    indices, steps = small.decode(frame, base, MANTISSA[tensors[chunk[0].tensor].dtype])
+    dtype = tensors[chunk[0].tensor].dtype
+    base = _base(chunk, dtype, [tensor.old for tensor in tensors])
+    indices, steps = small.decode(frame, base, MANTISSA[dtype])
     edges = _edges(chunk)
     cuts = pairwise(np.searchsorted(indices, edges).tolist())
     return [
@@ -96,12 +98,14 @@ def _edges(chunk: list[Slice]) -> list[int]:
     return [0, *accumulate(stop - start for _, start, stop in chunk)]
 
 
-def _base(chunk: list[Slice], old: Sequence[torch.Tensor | None]) -> Bits:
+def _base(chunk: list[Slice], dtype: torch.dtype, old: Sequence[torch.Tensor | None]) -> Bits:
     parts = []
     for tensor, start, stop in chunk:
         bits = old[tensor]
         if bits is None:
             raise WeightsError("the small code needs the bits that the difference applies to")
+        if bits.element_size() != dtype.itemsize or bits.numel() < stop:
+            raise WeightsError(f"the difference is of {stop} x {dtype} or more, here are {bits.numel()} x {bits.dtype}")
         parts.append(bits[start:stop].cpu().numpy())
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 

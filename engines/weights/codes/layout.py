@@ -21,3 +21,7 @@ ESCAPE = 0
 """The nibble of a larger one."""
 MAX_CLASSES = 16
 """Of `small`."""
+
+HASH_INDEX, HASH_BITS = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)
+HASH_MIX_1, HASH_MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+"""Of `fingerprint`."""

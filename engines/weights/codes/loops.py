@@ -3,17 +3,29 @@
 Elements are looked at 64 at a time: one vector comparison gives one word of bits, and only the few bits that are set
 are followed up.  Every position is checked before it is read or written, whoever it came from.
 
-numba renews what it keeps on disk when this file changes, and sees nothing else: a change of `words` or `layout` needs
-one here, or an empty __pycache__.
+Importing this compiles everything, or loads it from where `kernels` has numba keep it.
 """
 
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
-import numba  # type: ignore[import-not-found, import-untyped, unused-ignore]
+import numba
 import numpy as np
 
-from engines.weights.codes.layout import BLOCK, ESCAPE, LARGEST, MAX_CLASSES, MOST_SKIPS, SKIP, Bits, Table
+from engines.weights.codes.layout import (
+    BLOCK,
+    ESCAPE,
+    HASH_BITS,
+    HASH_INDEX,
+    HASH_MIX_1,
+    HASH_MIX_2,
+    LARGEST,
+    MAX_CLASSES,
+    MOST_SKIPS,
+    SKIP,
+    Bits,
+    Table,
+)
 from engines.weights.codes.words import GROUP, differing, fetch, lowest, ones, reaching
 from stream_rl.errors import WeightsError
 from stream_rl.types import ByteArray, Int64Array
@@ -26,15 +38,22 @@ STRIP = 4096
 """Elements compared before those that differ are followed up: both versions are in the first-level cache then."""
 
 
-def compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """Machine code from the first call on, kept beside the source; other threads run meanwhile."""
-    return cast(Callable[P, R], numba.njit(cache=True, nogil=True, error_model="numpy")(function))
+def compiled(arguments: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Machine code for arguments of these types, where W stands for either width; other threads run while it does.
+
+    It is made here and now, in one order in all processes: numba numbers its files by it, and processes that compiled
+    at the same time in different orders would overwrite each other's.
+    """
+    signatures = [f"({arguments.replace('W', width)},)" for width in ("int16", "int32")]
+    cached = bool(numba.config.CACHE_DIR)
+    jit = numba.njit(list(dict.fromkeys(signatures)), cache=cached, nogil=True, error_model="numpy")
+    return cast(Callable[[Callable[P, R]], Callable[P, R]], jit)
 
 
 # -- differences ------------------------------------------------------------------------------------------------------
 
 
-@compiled
+@compiled("W[::1], W[::1], int64, int64[::1], W[::1]")
 def _diff(old: Any, new: Any, start: int, indices: Any, steps: Any) -> tuple[int, int]:
     """How many differences were found, and the element after the last that was looked at: stops for want of room."""
     low = (1 << (8 * old.itemsize - 1)) - 1
@@ -46,15 +65,22 @@ def _diff(old: Any, new: Any, start: int, indices: Any, steps: Any) -> tuple[int
             words[num_words] = differing(old, new, place)
             places[num_words] = place
             num_words += words[num_words] != 0
+        first = count
         for i in range(num_words):
+            # one bit or two, whichever: a loop over so few would be mispredicted at every third word
             word, place = words[i], places[i]
-            while word != 0:
-                j = place + lowest(word)
-                word &= word - np.uint64(1)
-                before, after = np.int64(old[j]), np.int64(new[j])
-                steps[count] = (after ^ ((after >> 63) & low)) - (before ^ ((before >> 63) & low))
-                indices[count] = j
+            rest = word & (word - np.uint64(1))
+            indices[count] = place + lowest(word)
+            indices[count + 1] = place + lowest(rest if rest != 0 else word)
+            count += 1 + (rest != 0)
+            rest &= rest - np.uint64(1)
+            while rest != 0:
+                indices[count] = place + lowest(rest)
+                rest &= rest - np.uint64(1)
                 count += 1
+        for k in range(first, count):
+            before, after = np.int64(old[indices[k]]), np.int64(new[indices[k]])
+            steps[k] = (after ^ ((after >> 63) & low)) - (before ^ ((before >> 63) & low))
         start += STRIP
     if old.size - start < STRIP and count + old.size - start <= indices.size:
         for j in range(start, old.size):
@@ -80,7 +106,7 @@ def diff(old: Bits, new: Bits) -> tuple[Int64Array, Bits]:
     return np.concatenate([empty[0], *(p[0] for p in pieces)]), np.concatenate([empty[1], *(p[1] for p in pieces)])
 
 
-@compiled
+@compiled("W[::1], int64[::1], W[::1]")
 def _apply(bits: Any, indices: Any, steps: Any) -> bool:
     low, free = (1 << (8 * bits.itemsize - 1)) - 1, 64 - 8 * bits.itemsize
     previous, last = -1, indices.size - 1
@@ -102,7 +128,7 @@ def apply(bits: Bits, indices: Int64Array, steps: Bits) -> None:
     _ascended(_apply(bits, indices, steps), bits.size)
 
 
-@compiled
+@compiled("int64[::1], W[::1], int64[::1], W[::1], int64[::1], W[::1]")
 def _merge(a: Any, a_steps: Any, b: Any, b_steps: Any, indices: Any, steps: Any) -> int:
     i = j = count = 0
     while i < a.size or j < b.size:
@@ -132,7 +158,7 @@ def merge(first: Int64Array, first_steps: Bits, second: Int64Array, second_steps
 # -- fast -------------------------------------------------------------------------------------------------------------
 
 
-@compiled
+@compiled("int64[::1], W[::1], int64, uint16[:, ::1], uint8[::1], uint8[::1], W[::1]")
 def _fast_encode(
     indices: Any, steps: Any, elements: int, table: Any, gaps: Any, nibbles: Any, escapes: Any
 ) -> tuple[int, int, int]:
@@ -191,7 +217,7 @@ def fast_encode(indices: Int64Array, steps: Bits, elements: int) -> tuple[Table,
     return table, gaps[: sizes[0]], nibbles[: sizes[1]], escapes[: sizes[2]]
 
 
-@compiled
+@compiled("uint16[:, ::1], uint8[::1], uint8[::1], W[::1], int64, int64, int64[::1], W[::1]")
 def _fast_decode(
     table: Any, gaps: Any, nibbles: Any, escapes: Any, start: int, elements: int, indices: Any, steps: Any
 ) -> int:
@@ -260,7 +286,7 @@ def fast_decode(
 # -- classes ----------------------------------------------------------------------------------------------------------
 
 
-@compiled
+@compiled("int64, int64[::1]")
 def _class_of(magnitude: Any, bounds: Any) -> Any:
     found = bounds.size - 1
     while found > 0 and magnitude < bounds[found]:
@@ -268,7 +294,7 @@ def _class_of(magnitude: Any, bounds: Any) -> Any:
     return found
 
 
-@compiled
+@compiled("W[::1], int64[::1], int64[::1], uint8[::1], int64[::1]")
 def _ranks(base: Any, bounds: Any, indices: Any, classes: Any, ranks: Any) -> Any:
     low = (1 << (8 * base.itemsize - 1)) - 1
     seen = np.zeros(bounds.size, np.int64)
@@ -309,7 +335,7 @@ def ranks(base: Bits, bounds: Int64Array, indices: Int64Array) -> tuple[ByteArra
     return classes, found
 
 
-@compiled
+@compiled("W[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[::1]")
 def _select(base: Any, bounds: Any, following: Any, ends: Any, ranks: Any, indices: Any, order: Any) -> Any:
     """`following`: for each class, which of `ranks` comes next."""
     low = (1 << (8 * base.itemsize - 1)) - 1
@@ -363,6 +389,40 @@ def select(base: Bits, bounds: Int64Array, counts: Int64Array, ranks: Int64Array
     if not _select(base, bounds, ends - counts, ends, ranks, indices, order):
         raise WeightsError("the changes of a class do not ascend among its elements")
     return indices, order
+
+
+# -- fingerprints -----------------------------------------------------------------------------------------------------
+
+
+@compiled("int64, int64[::1], W[::1]")
+def _element_sum(seed: int, indices: Any, bits: Any) -> Any:
+    total = np.uint64(0)
+    for k in range(indices.size):
+        x = np.uint64(indices[k]) * HASH_INDEX + np.uint64(np.int64(bits[k])) * HASH_BITS + np.uint64(seed)
+        x = (x ^ (x >> np.uint64(30))) * HASH_MIX_1
+        x = (x ^ (x >> np.uint64(27))) * HASH_MIX_2
+        total += x ^ (x >> np.uint64(31))
+    return total
+
+
+def element_sum(seed: int, indices: Int64Array, bits: Bits) -> int:
+    assert indices.size == bits.size
+    return int(_element_sum(seed, indices, bits))
+
+
+@compiled("int64, int64, W[::1]")
+def _run_sum(seed: int, start: int, bits: Any) -> Any:
+    total = np.uint64(0)
+    for k in range(bits.size):
+        x = np.uint64(start + k) * HASH_INDEX + np.uint64(np.int64(bits[k])) * HASH_BITS + np.uint64(seed)
+        x = (x ^ (x >> np.uint64(30))) * HASH_MIX_1
+        x = (x ^ (x >> np.uint64(27))) * HASH_MIX_2
+        total += x ^ (x >> np.uint64(31))
+    return total
+
+
+def run_sum(seed: int, start: int, bits: Bits) -> int:
+    return int(_run_sum(seed, start, bits))
 
 
 def _ascended(well: bool, elements: int) -> None:

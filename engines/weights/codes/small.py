@@ -113,6 +113,8 @@ def _read_subset(reader: Reader, sizes: Int64Array, most: int) -> tuple[Int64Arr
         parameters[c] = min(reader.number(), MAX_PARAMETER + 1) if counts[c] else 0
     if counts.sum() > most or parameters.max() > MAX_PARAMETER:
         raise WeightsError(f"{counts.tolist()} of {sizes.tolist()}, with parameters {parameters.tolist()}")
+    if counts.sum() > 8 * reader.left:  # before anything of that size is made
+        raise WeightsError(f"{counts.sum()} values were promised, and {reader.left} bytes are there")
     limits = np.repeat(sizes, counts)
     members = np.cumsum(reader.rice(np.repeat(parameters, counts), limits) + 1) - 1
     before = np.concatenate([[-1], members])[np.cumsum(counts) - counts] + 1

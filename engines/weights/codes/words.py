@@ -5,10 +5,10 @@ LLVM makes of them what the processor has: one or two instructions with AVX-512,
 
 from typing import Any
 
-import numba  # type: ignore[import-not-found, import-untyped, unused-ignore]
-from llvmlite import ir  # type: ignore[import-not-found, import-untyped, unused-ignore]
-from numba.core import cgutils  # type: ignore[import-not-found, import-untyped, unused-ignore]
-from numba.extending import intrinsic  # type: ignore[import-not-found, import-untyped, unused-ignore]
+import numba
+from llvmlite import ir
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 GROUP = 64
 
@@ -32,7 +32,7 @@ def _filled(builder: Any, value: Any, width: int) -> Any:
     )
 
 
-@intrinsic  # type: ignore[misc, untyped-decorator, unused-ignore]
+@intrinsic  # type: ignore[untyped-decorator]
 def differing(typing: Any, a: Any, b: Any, start: Any) -> Any:
     """Bit i: a[start + i] != b[start + i]."""
 
@@ -43,7 +43,7 @@ def differing(typing: Any, a: Any, b: Any, start: Any) -> Any:
     return numba.uint64(a, b, numba.int64), generate
 
 
-@intrinsic  # type: ignore[misc, untyped-decorator, unused-ignore]
+@intrinsic  # type: ignore[untyped-decorator]
 def reaching(typing: Any, a: Any, start: Any, bound: Any) -> Any:
     """Bit i: a[start + i] without its sign >= bound."""
 
@@ -57,7 +57,7 @@ def reaching(typing: Any, a: Any, start: Any, bound: Any) -> Any:
     return numba.uint64(a, numba.int64, numba.int64), generate
 
 
-@intrinsic  # type: ignore[misc, untyped-decorator, unused-ignore]
+@intrinsic  # type: ignore[untyped-decorator]
 def lowest(typing: Any, word: Any) -> Any:
     """Number of the lowest bit that is set in a word that is not 0."""
 
@@ -67,7 +67,7 @@ def lowest(typing: Any, word: Any) -> Any:
     return numba.int64(numba.uint64), generate
 
 
-@intrinsic  # type: ignore[misc, untyped-decorator, unused-ignore]
+@intrinsic  # type: ignore[untyped-decorator]
 def ones(typing: Any, word: Any) -> Any:
     """How many bits are set."""
 
@@ -77,7 +77,7 @@ def ones(typing: Any, word: Any) -> Any:
     return numba.int64(numba.uint64), generate
 
 
-@intrinsic  # type: ignore[misc, untyped-decorator, unused-ignore]
+@intrinsic  # type: ignore[untyped-decorator]
 def fetch(typing: Any, array: Any, place: Any) -> Any:
     """Ask for array[place] to be in the cache soon.  Harmless wherever that is."""
 
