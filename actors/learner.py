@@ -16,11 +16,8 @@ import pathlib
 import time
 from typing import Any
 
-import numpy as np
-
+from actors.batches import training_batch
 from actors.hand_over import HandOver, anchor_parts
-from algorithms.advantages import get_advantage
-from algorithms.denominators import TokenKinds, loss_weights
 from algorithms.losses import make_loss
 from engines.megatron import resume
 from engines.megatron.checkpoint import sweep
@@ -30,7 +27,7 @@ from engines.weights import fingerprint
 from engines.weights.codes import payload
 from engines.weights.parts import Line
 from stream_rl import config, runtime
-from stream_rl.errors import WeightsError, WireError
+from stream_rl.errors import WeightsError
 from stream_rl.messages import Applied, Committed, Done, Hello, LearnerDone, Lease, LeaseRequest, UpdatePart
 from stream_rl.metrics import JsonLines
 from stream_rl.session import Session
@@ -39,38 +36,6 @@ from stream_rl.types import TrainingBatch, Version
 
 log = logging.getLogger(__name__)
 NAME = "learner-0"
-
-
-def training_batch(lease: Lease, algorithm: config.Algorithm, temperature: float) -> TrainingBatch:
-    """A lease with its advantages and loss weights.
-
-    Raises WireError if the queue broke its contract: an age beyond the bound on a trainable token, an age that its
-    version does not give, a version of a history to come, a trainable token that was not sampled.
-    """
-    sampled, trainable = lease.sampled.astype(bool), lease.trainable.astype(bool)
-    # a token of this history has exactly this age; one of a dead history counts from the fork and can only be older
-    by_version = lease.step.step - lease.steps
-    age_is_right = np.where(lease.histories == lease.step.history, lease.ages == by_version, lease.ages >= by_version)
-    wrong = sampled & (~age_is_right | (lease.histories > lease.step.history))
-    if wrong.any() or (lease.ages < 0).any() or (trainable & ~sampled).any():
-        raise WireError(
-            "lease_ages", f"lease of step {lease.step} has tokens whose age does not follow from its version"
-        )
-    of_sequence = np.repeat(np.arange(len(lease.lengths)), lease.lengths)
-    bounds = lease.max_token_ages[of_sequence]
-    if (too_old := trainable & (bounds >= 0) & (lease.ages > bounds)).any():
-        age, bound = int(lease.ages[too_old][0]), int(bounds[too_old][0])
-        raise WireError("lease_too_old", f"lease of step {lease.step} trains a token of age {age} > {bound}")
-    advantage_S = get_advantage(algorithm.advantage)(lease.rewards, lease.groups)
-    kinds = TokenKinds(lengths=lease.lengths, sampled=sampled, trainable=trainable)
-    return TrainingBatch(
-        token_ids=lease.token_ids,
-        lengths=lease.lengths,
-        behavior_logprobs=np.where(sampled, lease.logprobs, np.float32(0)),
-        advantages=np.where(sampled, advantage_S[of_sequence], 0).astype(np.float32),
-        loss_weights=loss_weights(algorithm.aggregation, kinds, algorithm.constant),
-        temperature=temperature,
-    )
 
 
 class LearnerLoop:
@@ -162,7 +127,7 @@ class LearnerLoop:
     def _train(self, batch: TrainingBatch) -> tuple[dict[str, float], Changes]:
         metrics = self._engine.train_step(batch, self._loss)
         changes = self._engine.take_changes()
-        publishing = {"publish_seconds": changes.find_seconds(), "changed_share": changes.share}
+        publishing = {"publish_seconds": changes.seconds, "changed_share": changes.share}
         return metrics | publishing, changes
 
     async def _anchor(self) -> tuple[Version, list[UpdatePart]]:

@@ -27,6 +27,22 @@ class TokenKinds:
     trainable: BoolArray
     """[T] it was sampled and is not masked (for its age, for instance)."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for kinds that do not fit."""
+        tokens = int(self.lengths.sum(dtype=np.int64))
+        if self.sampled.shape != (tokens,) or self.trainable.shape != (tokens,):
+            raise ValueError(
+                f"lengths sum to {tokens} tokens, but sampled has {self.sampled.shape} and trainable "
+                f"{self.trainable.shape}"
+            )
+        if np.any(self.trainable & ~self.sampled):
+            raise ValueError("only sampled tokens can be trainable")
+
+    @property
+    def sequence(self) -> npt.NDArray[np.int64]:
+        """[T] which sequence each token is of, from 0."""
+        return np.repeat(np.arange(len(self.lengths), dtype=np.int64), self.lengths)
+
 
 def token_mean(kinds: TokenKinds, constant: float = 0.0) -> Float32Array:
     """1 / N on each of N trainable tokens: DAPO (Yu et al. 2025, arXiv 2503.14476, section 3.3)."""
@@ -39,7 +55,7 @@ def sequence_mean(kinds: TokenKinds, constant: float = 0.0) -> Float32Array:
     Over the sequences with a trainable token; each is divided by all its sampled tokens, masked ones too, so that a
     long trajectory whose old head is masked does not have its young tail weighted up.
     """
-    sequence = np.repeat(np.arange(len(kinds.lengths)), kinds.lengths)
+    sequence = kinds.sequence
     sampled = np.bincount(sequence[kinds.sampled], minlength=len(kinds.lengths))
     sequences = max(len(np.unique(sequence[kinds.trainable])), 1)
     weights: Float32Array = (kinds.trainable / (sequences * np.maximum(sampled, 1)[sequence])).astype(np.float32)
@@ -66,16 +82,8 @@ DENOMINATORS: dict[str, Callable[[TokenKinds, float], Float32Array]] = {
 def loss_weights(aggregation: str, kinds: TokenKinds, constant: float = 0.0) -> Float32Array:
     """[T] the weight of each token's loss.
 
-    Raises ConfigError for an unknown aggregation or its missing constant, ValueError for kinds that do not fit.
+    Raises ConfigError for an unknown aggregation or its missing constant.
     """
     if aggregation not in DENOMINATORS:
         raise ConfigError(f"algorithm.aggregation must be one of {sorted(DENOMINATORS)}, got {aggregation!r}")
-    tokens = int(kinds.lengths.sum(dtype=np.int64))
-    if kinds.sampled.shape != (tokens,) or kinds.trainable.shape != (tokens,):
-        raise ValueError(
-            f"lengths sum to {tokens} tokens, but sampled has {kinds.sampled.shape} and trainable "
-            f"{kinds.trainable.shape}"
-        )
-    if np.any(kinds.trainable & ~kinds.sampled):
-        raise ValueError("only sampled tokens can be trainable")
     return DENOMINATORS[aggregation](kinds, constant)

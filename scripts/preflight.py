@@ -6,6 +6,7 @@ import socket
 
 from tokenizers import Tokenizer
 
+from algorithms import settings
 from engines.megatron.model_shape import ModelShape, read_model_shape
 from engines.sglang.client import check_sampling
 from queues import admission
@@ -94,8 +95,12 @@ def _check_numbers(recipe: Recipe) -> None:
     ):
         if value < least:
             raise ConfigError(f"{name} must be at least {least}, got {value}")
-    if recipe.algorithm.aggregation == "constant" and recipe.algorithm.constant <= 0:
-        raise ConfigError('algorithm.constant must be above 0 with aggregation = "constant": it is the divisor')
+    settings.check(recipe.algorithm)
+    for name, needs in (("gae", "critic"), ("distillation", "teacher")):
+        if recipe.algorithm.advantage == name:
+            raise ConfigError(f'algorithm.advantage = "{name}" needs a {needs}, which the learner does not have yet')
+    if recipe.algorithm.kl_coefficient:
+        raise ConfigError("algorithm.kl_coefficient must be 0: the learner has no reference policy yet")
 
 
 def _check_supervise(supervise: Supervise) -> None:

@@ -100,13 +100,43 @@ class Queue:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Algorithm:
-    advantage: Literal["grpo", "centered"] = "grpo"
+    """algorithms/README.md has every choice with its formula, its source and when to use it."""
+
+    advantage: Literal[
+        "grpo", "centered", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae", "distillation"
+    ] = "grpo"
     """grpo: reward minus group mean, over group std; centered: without the std."""
-    loss: Literal["ppo_clip"] = "ppo_clip"
+    gamma: float = 1.0
+    """reinforce_plus_plus and gae: discount of a later token's reward."""
+    gae_lambda: float = 0.95
+    """gae: 1 is the return less the value, 0 the one-step error."""
+    loss: Literal["ppo_clip", "dual_clip", "gspo", "cispo"] = "ppo_clip"
     clip_low: float = 0.2
+    """The policy's ratio is clipped at 1 - clip_low ..."""
     clip_high: float = 0.2
+    """... and at 1 + clip_high (clip-higher: 0.28).  Without effect unless `importance = "ratio"`: the ratio to the
+    policy that a step begins with is 1, since a lease is one step."""
+    dual_clip: float = 3.0
+    """dual_clip: what is bad counts at most this many times its advantage."""
+    importance: Literal["none", "ratio", "token", "sequence", "geometric"] = "token"
+    """The correction for what the behaviour policy was.  ratio: it is in the loss's clipped ratio; token, sequence,
+    geometric: a truncated weight before the loss, from each token's ratio, their product or their geometric mean."""
     importance_cap: float = 2.0
-    """Truncation of the per-token importance weight proximal/behaviour."""
+    """Truncation of the importance weight current/behaviour."""
+    masks: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """What is dropped from the loss: `{ geometric = [0.99, 1.01] }` keeps the sequences whose geometric mean of ratios
+    is within.  token (IcePop), sequence, geometric, veto; several can be combined."""
+    kl_coefficient: float = 0.0
+    """Weight of the KL to the reference policy; 0: no reference is needed."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_in: Literal["loss", "reward"] = "loss"
+    overlong_buffer: int = 0
+    """Sampled tokens before `overlong_length` over which the reward falls by `overlong_penalty` (DAPO).  0: off."""
+    overlong_length: int = 0
+    """Sampled tokens of the longest answer that is wanted: mostly `rollout.max_new_tokens`."""
+    overlong_penalty: float = 1.0
+    value_clip: float = 0.5
+    """gae: how far the critic's value may move from what it was when advantages were made.  0: not clipped."""
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     constant: float = 0.0
     """The divisor of `aggregation = "constant"`."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from learner_peers import Around, make_lease, run
 
-from actors import learner
+from actors import batches, learner
 from stream_rl import config
 from stream_rl import messages as m
 from stream_rl.errors import WireError
@@ -50,7 +50,7 @@ def test_a_lease_of_masked_tokens_alone_is_a_skipped_step(tmp_path: pathlib.Path
 
 
 def batch_of(lease: m.Lease) -> Any:
-    return learner.training_batch(lease, config.Algorithm(), 1.0)
+    return batches.training_batch(lease, config.Algorithm(), 1.0)
 
 
 def aged(step: Version, history: int, token_step: int, age: int) -> m.Lease:

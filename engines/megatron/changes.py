@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from engines.megatron import core
-from engines.megatron.found import Changes, Comparison, Stretch, Timing
+from engines.megatron.found import Changes, Comparison, Sorting, Stretch
 from engines.megatron.layout import Box
 from engines.weights.codes import ulp
 from engines.weights.fingerprint import bits_of
@@ -51,15 +51,27 @@ class _Span:
         return _Span(stretch, self.dtype, self.bits[low:high], None if self.master is None else self.master[low:high])
 
 
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """What is compared at once."""
+
+    spans: list[_Span]
+    sorting: Sorting
+
+    @property
+    def bits(self) -> list[Tensor]:
+        return [span.bits for span in self.spans]
+
+
 class _Stopwatch:
+    """Of this thread: by the clock, and of its CPU."""
+
     def __init__(self) -> None:
-        self._wall, self._cpu = time.perf_counter(), time.thread_time()
+        self._begin = time.perf_counter(), time.thread_time()
 
-    def read(self) -> Timing:
-        return Timing(time.perf_counter() - self._wall, time.thread_time() - self._cpu)
-
-
-_NOTHING = Timing(0.0, 0.0)
+    def read(self) -> tuple[float, float]:
+        wall, cpu = self._begin
+        return time.perf_counter() - wall, time.thread_time() - cpu
 
 
 class ChangeFinder:
@@ -94,7 +106,7 @@ class ChangeFinder:
     def take(self) -> Changes:
         """What changed since the last time."""
         found, self._found = self._found, []
-        return Changes(self._boxes, found)
+        return Changes(found)
 
     def _watch(self, optimizer: Any) -> None:
         _refuse_unknown(optimizer)
@@ -116,20 +128,23 @@ class ChangeFinder:
             ours = {stepped: span.stretch.parameter for stepped, span in in_place.items()}
             in_place = {stepped: mine[name] for stepped, name in ours.items() if name in mine}
         if copied:
-            chunks = self._grouped(list(chain.from_iterable(_cut(span) for span in copied)))
+            chunks = self._chunked(list(chain.from_iterable(_cut(span) for span in copied)))
             optimizer._copy_main_params_to_model_params = self._before(
                 optimizer._copy_main_params_to_model_params, chunks
             )
         if in_place:
             optimizer.optimizer.step = self._in_turns(optimizer.optimizer, in_place)
 
-    def _before(self, copy: Callable[[], None], chunks: list[list[_Span]]) -> Callable[[], None]:
+    def _before(self, copy: Callable[[], None], chunks: list[_Chunk]) -> Callable[[], None]:
         """megatron-core's copy of the masters to the model, after a comparison of the two."""
 
         def compare_and_copy() -> None:
-            for spans in chunks:
+            if self._stream is not None:
+                # the comparison waits for the device anyway; so its time does not count what was queued before
+                torch.cuda.current_stream().synchronize()
+            for chunk in chunks:
                 with torch.no_grad():
-                    self._compare(spans)
+                    self._compare(chunk)
             copy()
 
         return compare_and_copy
@@ -144,85 +159,81 @@ class ChangeFinder:
             )
         step = optimizer.step
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        chunks = list(_chunks(parameters, torch.Tensor.numel, IN_PLACE_CHUNK))
+        turns = list(_grouped(parameters, torch.Tensor.numel, IN_PLACE_CHUNK))
+        watched = [self._chunked([spans[parameter] for parameter in turn if parameter in spans]) for turn in turns]
 
         def step_in_turns() -> None:
-            gradients = [[parameter.grad for parameter in chunk] for chunk in chunks]
+            gradients = [[parameter.grad for parameter in turn] for turn in turns]
             _give(parameters, [None] * len(parameters))
-            for chunk, theirs in zip(chunks, gradients, strict=True):
-                _give(chunk, theirs)
-                self._around(step, [spans[parameter] for parameter in chunk if parameter in spans])
-                _give(chunk, [None] * len(chunk))
-            for chunk, theirs in zip(chunks, gradients, strict=True):
-                _give(chunk, theirs)
+            for turn, theirs, chunks in zip(turns, gradients, watched, strict=True):
+                _give(turn, theirs)
+                self._around(step, chunks)
+                _give(turn, [None] * len(turn))
+            for turn, theirs in zip(turns, gradients, strict=True):
+                _give(turn, theirs)
 
         return step_in_turns
 
-    def _around(self, step: Callable[[], Any], spans: list[_Span]) -> None:
-        """The step of some parameters, which `spans` are of, and a comparison with what was there before."""
-        if not spans:
+    def _around(self, step: Callable[[], Any], chunks: list[_Chunk]) -> None:
+        """The step of some parameters, which `chunks` are of, and a comparison with what was there before."""
+        bits = [each for chunk in chunks for each in chunk.bits]
+        if not bits:
             step()
             return
         watch = _Stopwatch()
-        old = self._room("old", spans)
-        torch.cat([span.bits for span in spans], out=old)
+        old = self._room("old", bits)
+        torch.cat(bits, out=old)
         took = watch.read()
         step()
         low = 0
-        for together in self._grouped(spans):
-            high = low + sum(map(_elements, together))
-            self._compare(together, old[low:high], took)
-            low, took = high, _NOTHING
+        for chunk in chunks:
+            high = low + chunk.sorting.elements
+            self._compare(chunk, old[low:high], took)
+            low, took = high, (0.0, 0.0)
 
-    def _compare(self, spans: list[_Span], old: Tensor | None = None, before: Timing = _NOTHING) -> None:
+    def _compare(self, chunk: _Chunk, old: Tensor | None = None, before: tuple[float, float] = (0.0, 0.0)) -> None:
         """old: the bits before the step, if they are no longer in the parameters.  before: what that copy took."""
         watch = _Stopwatch()
-        events = None if self._stream is None else (_event(), _event())
-        if events is not None:
-            events[0].record()
-        new = _joined([span.bits for span in spans])
+        bits, dtype = chunk.bits, chunk.spans[0].dtype
+        new = bits[0] if len(bits) == 1 else torch.cat(bits)
         if old is None:
-            old, new = new, self._room("new", spans)
-            masters = [span.master for span in spans if span.master is not None]
-            fresh = torch.split(new.view(spans[0].dtype), [span.stretch.elements for span in spans])
-            torch._foreach_copy_(list(fresh), masters)
+            old, new = new, self._room("new", bits)
+            masters = [span.master for span in chunk.spans if span.master is not None]
+            torch._foreach_copy_(list(torch.split(new.view(dtype), [each.numel() for each in bits])), masters)
         delta = ulp.diff(old, new)
         # a copy, because both the parameter's own bits and the room for new ones go on changing
         dense = new.clone() if 2 * delta.changed > delta.elements else None
-        if events is not None:
-            events[1].record()
-        took = watch.read()
-        timing = Timing(before.seconds + took.seconds, before.cpu_seconds + took.cpu_seconds, events)
-        stretches, dtype = [span.stretch for span in spans], spans[0].dtype
-        if self._stream is None:
-            self._found.append(Comparison(stretches, dtype, delta.indices, delta.steps, dense, timing))
-            return
-        positions = delta.indices.to(torch.int32)
-        # beside the next step, not before it
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            on_host = [self._to_host(tensor) for tensor in (positions, delta.steps, dense)]
-            ready = self._stream.record_event()
-        assert on_host[0] is not None and on_host[1] is not None
-        self._found.append(Comparison(stretches, dtype, on_host[0], on_host[1], on_host[2], timing, ready))
-
-    def _grouped(self, spans: list[_Span]) -> list[list[_Span]]:
-        """What is compared at once."""
-        return [[span] for span in spans] if self._stream is None else list(_chunks(spans, _elements, CHUNK))
-
-    def _room(self, use: str, spans: list[_Span]) -> Tensor:
-        """For the bits of `spans`.  On a CPU the same each time: fresh memory costs it more than comparing does."""
-        elements, dtype = sum(map(_elements, spans)), spans[0].bits.dtype
+        positions, steps, ends, ready = delta.indices, delta.steps, None, None
         if self._stream is not None:
-            return torch.empty(elements, dtype=dtype, device=spans[0].bits.device)
+            positions, steps, ends = chunk.sorting.sort(positions, steps)
+            positions = positions.to(torch.int32)
+            # beside the next step, not before it
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                positions, steps, ends = (self._to_host(each) for each in (positions, steps, ends))
+                dense = None if dense is None else self._to_host(dense)
+                ready = self._stream.record_event()
+        seconds, cpu_seconds = (sum(both) for both in zip(before, watch.read(), strict=True))
+        self._found.append(Comparison(chunk.sorting, dtype, positions, steps, ends, dense, seconds, cpu_seconds, ready))
+
+    def _chunked(self, spans: list[_Span]) -> list[_Chunk]:
+        """On a CPU each span by itself, so that nothing must be put together."""
+        groups = [[span] for span in spans] if self._stream is None else _grouped(spans, _elements, CHUNK)
+        device = torch.device("cpu") if self._stream is None else self._stream.device
+        return [_Chunk(group, Sorting([span.stretch for span in group], self._boxes, device)) for group in groups]
+
+    def _room(self, use: str, bits: list[Tensor]) -> Tensor:
+        """For as much as `bits`.  On a CPU the same each time: fresh memory costs it more than comparing does."""
+        elements, dtype = sum(each.numel() for each in bits), bits[0].dtype
+        if self._stream is not None:
+            return torch.empty(elements, dtype=dtype, device=bits[0].device)
         room = self._rooms.get((use, dtype))
         if room is None or room.numel() < elements:
             room = self._rooms[use, dtype] = torch.empty(elements, dtype=dtype)
         return room[:elements]
 
-    def _to_host(self, tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or self._stream is None:
-            return tensor
+    def _to_host(self, tensor: Tensor) -> Tensor:
+        assert self._stream is not None
         tensor.record_stream(self._stream)
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return host.copy_(tensor, non_blocking=True)
@@ -289,7 +300,7 @@ def _cut(span: _Span) -> Iterator[_Span]:
     return (span.part(low - start, high - start) for low, high in pairwise(edges))
 
 
-def _chunks(items: Iterable[Any], size: Callable[[Any], int], most: int) -> Iterator[list[Any]]:
+def _grouped(items: Iterable[Any], size: Callable[[Any], int], most: int) -> Iterator[list[Any]]:
     """Items in a row that together have `most` elements or fewer, or one that alone has more, of one dtype."""
     chunk: list[Any] = []
     total = 0
@@ -307,14 +318,6 @@ def _elements(span: _Span) -> int:
     return span.stretch.elements
 
 
-def _joined(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-
 def _give(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

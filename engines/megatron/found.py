@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,7 +11,6 @@ from engines.megatron.layout import Box
 from engines.weights.codes.changes import Change
 from engines.weights.codes.ulp import SparseDelta
 from engines.weights.parts import SLICE, Piece, compose
-from stream_rl.types import Int64Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,114 +22,142 @@ class Stretch:
     elements: int
 
 
+@dataclass(frozen=True, order=True, slots=True)
+class _Slice:
+    """Of a checkpoint tensor."""
+
+    name: str
+    start: int
+    elements: int
+
+
 @dataclass(frozen=True, slots=True)
-class Timing:
-    """What finding took where the step waits for it."""
+class _Run:
+    """Neighbours in a chunk and in a slice; `slice` is None for what goes nowhere."""
 
-    seconds: float
-    cpu_seconds: float
-    """On a GPU also what waits for it: its driver spins."""
-    events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
-    """Begin and end on the device, which has other work queued before: there the clock would count that too."""
+    begin: int
+    elements: int
+    slice: _Slice | None
+    to: int
+    """Position in the slice."""
 
-    def total(self) -> float:
-        if self.events is None:
-            return self.seconds
-        start, end = self.events
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3
+
+class Sorting:
+    """Of a chunk, which is some stretches back to back: where its elements go."""
+
+    def __init__(self, stretches: Sequence[Stretch], boxes: Mapping[str, Sequence[Box]], device: torch.device) -> None:
+        self.elements = sum(stretch.elements for stretch in stretches)
+        runs = list(_tiled(sorted(_runs(stretches, boxes), key=lambda run: run.begin), self.elements))
+        by_slice: dict[_Slice | None, list[int]] = {}
+        for number, run in enumerate(runs):
+            by_slice.setdefault(run.slice, []).append(number)
+        by_slice[None] = by_slice.pop(None, [])  # to the end
+        order = [number for numbers in by_slice.values() for number in numbers]
+        self.slices = [(key, [runs[number] for number in numbers]) for key, numbers in by_slice.items() if key]
+        """In the order in which `sort` puts them."""
+        self._begins = torch.tensor([*(run.begin for run in runs), self.elements], device=device)
+        self._shifts = torch.tensor([runs[number].to - runs[number].begin for number in order], device=device)
+        self._order = None if order == sorted(order) else torch.tensor(order, device=device)
+
+    def sort(self, positions: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Ascending positions in the chunk to positions in slices, slice by slice; their steps; and for each run of
+        `slices` how many come up to its end.  Few operations over everything, and none waits for the device."""
+        bounds = torch.searchsorted(positions, self._begins)
+        counts, size = bounds.diff(), positions.numel()
+        if self._order is not None:
+            counts = counts[self._order]
+            moved = bounds[self._order] - (counts.cumsum(0) - counts)
+            source = torch.repeat_interleave(moved, counts, output_size=size)
+            source += torch.arange(size, device=positions.device)
+            positions, steps = positions[source], steps[source]
+        positions = positions + torch.repeat_interleave(self._shifts, counts, output_size=size)
+        return positions, steps, counts.cumsum(0)
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Of some stretches, back to back: what one step changed in them.  On the host, once `ready` has happened."""
+    """What one step changed in a chunk.  On the host, once `ready` has happened."""
 
-    stretches: Sequence[Stretch]
+    sorting: Sorting
     dtype: torch.dtype
     positions: Tensor
-    """[n] integers, ascending; from the first stretch's beginning."""
+    """[n] integers: as `Sorting.sort` gives them if `ends` is here, otherwise ascending in the chunk."""
     steps: Tensor
     """[n] int16 or int32: see codes.ulp."""
+    ends: Tensor | None
     new: Tensor | None
-    """All bits after the step, where more than half of them changed."""
-    timing: Timing
+    """All of the chunk's bits after the step, where more than half of them changed."""
+    seconds: float
+    """That the step was longer for it, and of them those that this thread's CPU worked."""
+    cpu_seconds: float
     ready: torch.cuda.Event | None = None
+
+    def pieces(self) -> Iterator[Piece]:
+        if self.ready is not None:
+            self.ready.synchronize()
+        positions, steps, ends = self.positions, self.steps, self.ends
+        if ends is None:
+            positions, steps, ends = self.sorting.sort(positions, steps)
+        positions, run_ends, run, low = positions.to(torch.int64), ends.tolist(), 0, 0
+        for of, runs in self.sorting.slices:
+            run += len(runs)
+            high = run_ends[run - 1]
+            if low < high:
+                new = None
+                if self.new is not None and 2 * (high - low) > of.elements == sum(each.elements for each in runs):
+                    new = torch.cat([self.new[each.begin : each.begin + each.elements] for each in runs])
+                delta = SparseDelta(of.elements, positions[low:high], steps[low:high])
+                yield Piece(of.name, of.start, Change(self.dtype, delta, None, new))
+            low = high
 
 
 class Changes:
-    """Of one step or several; not yet sorted into the checkpoint's tensors, which is work for another thread."""
+    """Of one step or several; not yet as pieces, which is work for another thread."""
 
-    def __init__(self, boxes: Mapping[str, Sequence[Box]], comparisons: Sequence[Comparison]) -> None:
-        self._boxes, self._comparisons = boxes, comparisons
+    def __init__(self, comparisons: Sequence[Comparison]) -> None:
+        self._comparisons = comparisons
 
     @property
     def share(self) -> float:
         """Of this process's elements, those that changed; of several steps, in the mean.  0 if no step was taken."""
         changed = sum(comparison.positions.numel() for comparison in self._comparisons)
-        elements = sum(stretch.elements for comparison in self._comparisons for stretch in comparison.stretches)
-        return changed / max(elements, 1)
+        return changed / max(sum(comparison.sorting.elements for comparison in self._comparisons), 1)
 
-    def find_seconds(self) -> float:
-        """That finding added to the steps."""
-        return sum(comparison.timing.total() for comparison in self._comparisons)
+    @property
+    def seconds(self) -> float:
+        """That finding them added to the steps."""
+        return sum(comparison.seconds for comparison in self._comparisons)
 
+    @property
     def cpu_seconds(self) -> float:
-        return sum(comparison.timing.cpu_seconds for comparison in self._comparisons)
+        """Of the training thread, likewise."""
+        return sum(comparison.cpu_seconds for comparison in self._comparisons)
 
     def pieces(self) -> list[Piece]:
         """One for each slice of which anything changed."""
-        found = [piece for comparison in self._comparisons for piece in self._pieces(comparison)]
-        return compose(found, ())
-
-    def _pieces(self, comparison: Comparison) -> Iterator[Piece]:
-        if comparison.ready is not None:
-            comparison.ready.synchronize()
-        positions, steps = comparison.positions.numpy().astype(np.int64, copy=False), comparison.steps
-        ends = np.cumsum([stretch.elements for stretch in comparison.stretches])
-        found = np.searchsorted(positions, ends).tolist()
-        low = 0
-        for stretch, end, high in zip(comparison.stretches, ends.tolist(), found, strict=True):
-            if low < high:
-                begin = end - stretch.elements
-                here = positions[low:high] + (stretch.start - begin)
-                new = None if comparison.new is None else comparison.new[begin:end]
-                for box in self._boxes[stretch.parameter]:
-                    kept, targets = box.place(here)
-                    chosen = steps[low:high].numpy()[kept]
-                    whole = None if new is None else _contiguous(box, stretch, new)
-                    yield from _sliced(box, comparison.dtype, targets, torch.from_numpy(chosen), whole)
-            low = high
+        return compose((piece for comparison in self._comparisons for piece in comparison.pieces()), ())
 
 
-def _contiguous(box: Box, stretch: Stretch, new: Tensor) -> tuple[int, Tensor] | None:
-    """Where a run of the checkpoint tensor begins, and its bits, if the box makes one of the stretch's new bits."""
-    if box.count == 1:
-        first = max(box.offset, stretch.start)
-        last = min(box.offset + box.width, stretch.start + stretch.elements)
-        run = new[first - stretch.start : max(first, last) - stretch.start]
-        return first - box.offset + box.to_offset, run
-    span = box.offset + (box.count - 1) * box.stride + box.width
-    if stretch.start == 0 and stretch.elements >= span and box.to_stride == box.width:
-        return box.to_offset, box.of(new).reshape(-1)
-    return None
+def _runs(stretches: Sequence[Stretch], boxes: Mapping[str, Sequence[Box]]) -> Iterator[_Run]:
+    begin = 0
+    for stretch in stretches:
+        for box in boxes[stretch.parameter]:
+            for position, target, elements in box.runs(stretch.start, stretch.start + stretch.elements):
+                edges = [target, *range((target // SLICE + 1) * SLICE, target + elements, SLICE), target + elements]
+                for low, high in pairwise(edges):
+                    start = low // SLICE * SLICE
+                    of = _Slice(box.name, start, min(SLICE, box.elements - start))
+                    yield _Run(begin + position - stretch.start + low - target, high - low, of, low - start)
+        begin += stretch.elements
 
 
-def _sliced(
-    box: Box, dtype: torch.dtype, targets: Int64Array, steps: Tensor, whole: tuple[int, Tensor] | None
-) -> Iterator[Piece]:
-    if not targets.size:
-        return
-    first, last = int(targets[0]) // SLICE, int(targets[-1]) // SLICE
-    cuts = np.searchsorted(targets, np.arange(first, last + 2) * SLICE).tolist()
-    for index, low, high in zip(range(first, last + 1), cuts, cuts[1:], strict=False):
-        if low == high:
-            continue
-        start = index * SLICE
-        elements = min(SLICE, box.elements - start)
-        new = None
-        if whole is not None and 2 * (high - low) > elements:
-            begin, bits = whole
-            if begin <= start and start + elements <= begin + bits.numel():
-                new = bits[start - begin : start - begin + elements]
-        delta = SparseDelta(elements, torch.from_numpy(targets[low:high] - start), steps[low:high])
-        yield Piece(box.name, start, Change(dtype, delta, None, new))
+def _tiled(runs: Sequence[_Run], elements: int) -> Iterator[_Run]:
+    """With what goes nowhere between them."""
+    at = 0
+    for run in runs:
+        if run.begin > at:
+            yield _Run(at, run.begin - at, None, 0)
+        yield run
+        at = run.begin + run.elements
+    if at < elements:
+        yield _Run(at, elements - at, None, 0)

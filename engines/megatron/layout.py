@@ -9,12 +9,10 @@ and the vocabulary by rows, the output and down projections by columns.  Pipelin
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 from torch import Tensor
 
 from engines.megatron.model_shape import ModelShape
 from stream_rl.errors import ConfigError
-from stream_rl.types import Int64Array
 
 EMBEDDING = ("embedding.word_embeddings.weight", "model.embed_tokens.weight")
 FINAL_NORM = ("decoder.final_layernorm.weight", "model.norm.weight")
@@ -50,14 +48,17 @@ class Box:
         span = (self.count - 1) * self.stride + self.width
         return parameter[self.offset : self.offset + span].unfold(0, self.width, self.stride)
 
-    def place(self, positions: Int64Array) -> tuple[slice | Int64Array, Int64Array]:
-        """Ascending positions in the parameter: which of them are in here, and where those are in the tensor."""
-        if self.count == 1:
-            low, high = np.searchsorted(positions, [self.offset, self.offset + self.width])
-            return slice(low, high), positions[low:high] + (self.to_offset - self.offset)
-        run, within = np.divmod(positions - self.offset, self.stride)
-        inside = np.flatnonzero((within < self.width) & (run >= 0) & (run < self.count))
-        return inside, self.to_offset + run[inside] * self.to_stride + within[inside]
+    def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Those of the parameter's elements from `start` to `stop` that are in here: where each run begins, in the
+        parameter and in the tensor, and its elements."""
+        first = max((start - self.offset) // self.stride, 0)
+        for run in range(first, self.count):
+            begin = self.offset + run * self.stride
+            if begin >= stop:
+                break
+            low, high = max(start, begin), min(stop, begin + self.width)
+            if low < high:
+                yield low, self.to_offset + run * self.to_stride + low - begin, high - low
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

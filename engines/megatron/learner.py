@@ -42,10 +42,10 @@ from stream_rl.types import Float32Array, Int32Array, Int64Array, TrainingBatch,
 
 log = logging.getLogger(__name__)
 
-LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
-"""(log-probs, behaviour log-probs, advantages, loss weights), each float32 [t] over a micro-batch's tokens, to the SUM
-of the weighted token losses and its metrics.  A metric is a scalar: a sum over tokens weighted by the loss weights
-(reported as their mean), or, if its name ends in "_max", a maximum."""
+LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+"""(log-probs, behaviour log-probs, advantages, loss weights), each float32 [t] over a micro-batch's tokens, and the
+sequence of each, int64 from 0, to the SUM of the weighted token losses and its metrics.  A metric is a scalar: a sum
+over tokens weighted by the loss weights (reported as their mean), or, if its name ends in "_max", a maximum."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -232,7 +232,7 @@ class MegatronLearner:
         def weighted(micro_batch: _MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             assert micro_batch.fields is not None
             logprobs, entropy = _token_logprobs(micro_batch, logits)
-            value, metrics = loss(logprobs, *micro_batch.fields)
+            value, metrics = loss(logprobs, *micro_batch.fields, micro_batch.first.cumsum(0) - 1)
             weights = micro_batch.fields[2]
             # A first token has no distribution; its weight is 0.
             sums = {"loss": value.detach(), "entropy": (weights * entropy).sum()}
