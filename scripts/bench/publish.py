@@ -121,13 +121,13 @@ def _compare(
             logs.append(math.log(seconds / alone))
             with_seconds.append(seconds)
             plain_seconds.append(alone)
-            find.append(previous.find_seconds())
+            find.append(previous.seconds)
             encode.append(cpu)
-            own.append((previous.cpu_seconds() + cpu) / process)
+            own.append((previous.cpu_seconds + cpu) / process)
             shares.append(previous.share)
             sizes.append(size)
     elements = sum(math.prod(tensor.shape) for _, tensor in watched.named_weights())
-    ratio = _interval(logs)
+    ratio = interval(logs)
     found = {"step_wall_ratio": ratio["mean"], "cpu_share": statistics.fmean(own)}
     return {
         "bench": "publish",
@@ -176,7 +176,7 @@ def _batch(plan: Plan, vocab: int, seed: int) -> TrainingBatch:
     )
 
 
-def _interval(logs: list[float]) -> dict[str, float]:
+def interval(logs: list[float]) -> dict[str, float]:
     mean, degrees = statistics.fmean(logs), len(logs) - 1
     z = statistics.NormalDist().inv_cdf(0.975)
     # Student's quantile by its expansion around the normal one: right to 1 % from 4 degrees of freedom
