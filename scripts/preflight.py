@@ -15,7 +15,7 @@ from stream_rl.errors import ConfigError, TaskError, WireError
 from stream_rl.plain import pack
 from stream_rl.task import Prompt, load_task
 
-SGLANG_SIZES = ("tp_size", "tensor_parallel_size", "dp_size", "data_parallel_size", "pp_size", "nnodes")
+SGLANG_SIZES = ("dp_size", "data_parallel_size", "pp_size", "pipeline_parallel_size", "nnodes")
 SGLANG_NOT_YET = ("speculative_algorithm", "quantization", "lora_paths", "disaggregation_mode")
 SGLANG_FAMILIAR = frozenset(
     {"device", "attention_backend", "sampling_backend", "grammar_backend", "dtype", "skip_tokenizer_init", "port",
@@ -79,7 +79,10 @@ def _check_numbers(recipe: Recipe) -> None:
         ("warm_start.steps", recipe.warm_start.steps, 0),
         ("warm_start.sequences", recipe.warm_start.sequences, 1),
         ("weights.part_bytes", recipe.weights.part_bytes, 1),
+        ("weights.parts_ahead", recipe.weights.parts_ahead, 1),
+        ("weights.verify_every", recipe.weights.verify_every, 0),
         ("weights.keep_deltas", recipe.weights.keep_deltas, 1),
+        ("weights.anchor_every", recipe.weights.anchor_every, 1),
         ("engine.count", recipe.engine.count, 1),
         ("engine.chunk_tokens", recipe.engine.chunk_tokens, 1),
         ("engine.chunk_seconds", recipe.engine.chunk_seconds, 0.001),
@@ -117,13 +120,20 @@ def _check_sglang(recipe: Recipe) -> None:
     for name in SGLANG_SIZES:
         if recipe.sglang.get(name, 1) != 1:
             raise ConfigError(
-                f"[sglang] {name} must be 1, got {recipe.sglang[name]!r}: an engine of several schedulers cannot be "
-                "updated live yet; for more engines set engine.count"
+                f"[sglang] {name} must be 1, got {recipe.sglang[name]!r}: only tensor-parallel ranks (tp_size) of one "
+                "host can be updated live yet; for more engines set engine.count"
             )
+    ranks = recipe.sglang.get("tp_size", 1)
+    if type(ranks) is not int or ranks < 1:
+        raise ConfigError(f"[sglang] tp_size must be a number of at least 1, got {ranks!r}")
     for name in SGLANG_NOT_YET:
         if recipe.sglang.get(name) is not None:
             raise ConfigError(f"[sglang] {name} cannot be combined with live weight updates yet; leave it out")
-    for name, instead in (("model_path", "model.path"), ("host", "127.0.0.1, always")):
+    for name, instead in (
+        ("model_path", "model.path"),
+        ("host", "127.0.0.1, always"),
+        ("tensor_parallel_size", "tp_size"),
+    ):
         if name in recipe.sglang:
             raise ConfigError(f"[sglang] {name} is not an option of a run; it is {instead}")
     if (port := recipe.sglang.get("port")) is None:

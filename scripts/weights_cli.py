@@ -76,6 +76,7 @@ def relay(directory: pathlib.Path, run_id: str, bind: str) -> None:
             click.echo(json.dumps({"kind": "ready", "address": router.address, "directory": str(directory)}))
             await runtime.supervise(relay=Relay(directory, run_id, router, config.Weights()).run())
 
+    runtime.log_to_stderr("relay")
     payload.prepare()
     with contextlib.suppress(runtime.Stopped):
         asyncio.run(serve())

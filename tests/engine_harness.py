@@ -214,7 +214,7 @@ class EngineHarness:
 
     def publish(self, version: Version, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Play the learner: hand a version to the publisher, as what changed against the one before."""
-        named = {name: tensor.detach() for name, tensor in tensors}
+        named = {name: tensor.detach().cpu() for name, tensor in tensors}
         bits, dtypes = flat(named), dtypes_of(named)
         base, old = self._published or (version, bits)
         self._published = version, bits

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 from engine_builders import plugin_settings
+from fake_queue import PATIENCE
 from streaming_builders import Reason, Request
 from weights_builders import FIRST, RUN, Tensors, commit, make_live, make_tensors
 
@@ -68,7 +69,7 @@ class PluginHost:
 
     async def until(self, reached: Callable[[], object]) -> None:
         """Wait for the scheduler's turns to have made it so."""
-        async with asyncio.timeout(20), self._turned:
+        async with asyncio.timeout(PATIENCE), self._turned:
             await self._turned.wait_for(reached)
 
     async def after(self, turns: int) -> None:

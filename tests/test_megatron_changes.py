@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_reference import write_random_model
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron_builders import PPO, make_batch, make_learner
 from test_megatron_huggingface import SHAPE, random_weights
@@ -199,6 +199,7 @@ def numbered(shape: ModelShape) -> dict[str, torch.Tensor]:
     return {name: torch.arange(float(t.numel())).reshape(t.shape) for name, t in random_weights(shape).items()}
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 2, 3]), st.integers(0, 7), st.booleans(),
     st.integers(1, 2), st.randoms(use_true_random=False),

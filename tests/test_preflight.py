@@ -10,7 +10,9 @@ import time
 
 import pytest
 
-from scripts import tiny_model
+from scripts import preflight, tiny_model
+from stream_rl import config
+from stream_rl.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECIPE = """
@@ -156,8 +158,24 @@ def test_prompts_too_long_for_the_context_are_refused(directory: pathlib.Path) -
     assert "max_new_tokens" in refusal(directory, "rollout.max_new_tokens=4095")
 
 
-def test_a_sharded_engine_is_refused_by_name(directory: pathlib.Path) -> None:
-    assert "tp_size" in refusal(directory, "sglang.tp_size=2")
+def test_an_engine_may_have_tensor_parallel_ranks_and_no_others(directory: pathlib.Path) -> None:
+    recipe = directory / "recipe.toml"
+    preflight.check(config.load(recipe, ["sglang.tp_size=2"]))
+    for override, words in (
+        ("sglang.pp_size=2", "pp_size must be 1, got 2.*tp_size"),
+        ("sglang.pipeline_parallel_size=2", "pipeline_parallel_size must be 1"),
+        ("sglang.tensor_parallel_size=2", "tensor_parallel_size .* it is tp_size"),
+        ("sglang.tp_size=0", "tp_size must be a number of at least 1, got 0"),
+        ("sglang.tp_size=two", "tp_size must be .*'two'"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            preflight.check(config.load(recipe, [override]))
+
+
+@pytest.mark.parametrize("override", ["parts_ahead=0", "verify_every=-1", "keep_deltas=0", "anchor_every=0"])
+def test_numbers_with_which_no_update_would_ever_arrive_are_refused(directory: pathlib.Path, override: str) -> None:
+    with pytest.raises(ConfigError, match=rf"weights\.{override.partition('=')[0]} must be at least"):
+        preflight.check(config.load(directory / "recipe.toml", [f"weights.{override}"]))
 
 
 @pytest.mark.parametrize(

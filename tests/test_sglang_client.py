@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager, suppress
 
 import pytest
 
+from engines.sglang import server
 from engines.sglang.client import EngineClient, EngineUnreachable, Generation
 from stream_rl.errors import EngineError
 from stream_rl.types import Finish
@@ -143,3 +144,7 @@ def test_a_cancelled_request_closes_its_connection() -> None:
             assert client.in_flight == 0
 
     asyncio.run(ask())
+
+
+def test_sglang_has_room_for_its_other_port() -> None:
+    assert max(server.free_port() for _ in range(200)) <= 55_535

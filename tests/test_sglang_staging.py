@@ -22,6 +22,7 @@ from staging_builders import (
 from update_builders import anchor_parts, change_parts
 from weights_builders import (
     FIRST,
+    FUSED,
     HIDDEN,
     INNER,
     SHAPES,
@@ -250,11 +251,8 @@ def test_a_recomputation_sees_a_flipped_bit_that_no_delta_touched(name: str) -> 
     live, model = make_live(line[0])
     line.append(line[0])
     stated = live.weights_hash
-    piece = {"q": model.qkv, "k": model.qkv, "v": model.qkv, "gate": model.gate_up, "up": model.gate_up}.get(
-        name, getattr(model, name, None)
-    )
-    assert piece is not None
-    fingerprint.bits_of(piece.data).view(-1)[-1] ^= 1
+    parameter = getattr(model, FUSED.get(name, (name, 0))[0])
+    fingerprint.bits_of(parameter.data).view(-1)[-1] ^= 1
     assert take(live, delta(line)) == SECOND, "an empty delta does not look"
     commit(live, SECOND)
     assert live.weights_hash == stated, "the incremental fingerprint does not look either"

@@ -3,7 +3,12 @@
 import json
 import os
 import pathlib
+import struct
+import tracemalloc
+from dataclasses import replace
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -15,9 +20,12 @@ from weights_builders import FIRST, RUN, Tensors, hash_of, make_tensors, perturb
 
 from engines.weights import directory
 from engines.weights.chain import Chain
-from engines.weights.directory import Outbox, describe, following, listing, load
+from engines.weights.directory import describe, following, listing, load
+from engines.weights.outbox import Outbox
+from engines.weights.parts import SLICE, checksum
 from scripts.weights_cli import weights
 from stream_rl.errors import WeightsError
+from stream_rl.messages import UpdatePart
 from stream_rl.types import Version
 
 LIGHT = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), database=None)
@@ -29,7 +37,7 @@ class Written:
     def __init__(self, path: pathlib.Path, anchor_every: int = 4, dtype: torch.dtype = torch.bfloat16) -> None:
         self.rng = np.random.default_rng(0)
         self.line: list[Tensors] = []
-        self.outbox = Outbox(path, 64, anchor_every)
+        self.outbox = Outbox(path, RUN, 64, anchor_every)
         self.chain = Chain(RUN, 64, 3)
         self.first = make_tensors(0, dtype)
 
@@ -43,6 +51,7 @@ class Written:
                 base, target = Version(0, len(self.line) - 2), Version(0, len(self.line) - 1)
                 self.chain.advance(change_parts(*self.line[-2:], base, target), self.outbox.write)
             self.outbox.settle(self.chain)
+            self.outbox.flush()
 
 
 def follow(chain: Chain, path: pathlib.Path) -> list[pathlib.Path]:
@@ -109,7 +118,7 @@ def test_a_restarted_publisher_begins_with_an_anchor(tmp_path: pathlib.Path) -> 
     written.advance(3)
     follower = Chain(RUN, 64, 3)
     follow(follower, tmp_path)
-    written.outbox, written.chain = Outbox(tmp_path, 64, 100), make_chain(written.line[-1], version=Version(0, 2))
+    written.outbox, written.chain = Outbox(tmp_path, RUN, 64, 100), make_chain(written.line[-1], version=Version(0, 2))
     written.advance(1)  # to the restarted one, 0.3 is a change against what it holds; its directory is new to it
     follow(follower, tmp_path)
     assert same_bits(held(follower), written.line[-1])
@@ -123,6 +132,7 @@ def test_a_new_history_leads_on_from_the_dead_one(tmp_path: pathlib.Path) -> Non
     rolled_back = perturbed(written.line[1], written.rng, 0.1)
     written.chain.advance(anchor_parts(rolled_back, Version(1, 2)), written.outbox.write)
     written.outbox.settle(written.chain)
+    written.outbox.flush()
     assert [path.name for path in follow(follower, tmp_path)] == ["000001.000000002.from.000000.000000003.update"]
     assert same_bits(held(follower), rolled_back)
 
@@ -183,8 +193,9 @@ def test_inspect_says_what_is_in_a_file(tmp_path: pathlib.Path) -> None:
     said = json.loads(CliRunner().invoke(weights, ["inspect", str(file), "--json"], catch_exceptions=False).output)
     old, new = written.line
     changed = sum(int((a.view(torch.int16) != new[n].view(torch.int16)).sum()) for n, a in old.items())
-    assert (said["changed"], said["elements"]) == (changed, written.chain.elements)
-    assert said["bits_per_changed"] == pytest.approx(8 * said["payload_bytes"] / changed)
+    # a piece that travels whole counts whole: here four elements, of which two changed
+    assert (said["changed"], said["elements"]) == (changed + 2, written.chain.elements)
+    assert said["bits_per_changed"] == pytest.approx(8 * said["payload_bytes"] / said["changed"])
     assert said["target_hash"] == hash_of(new) and said["code"] == "small"
     table = CliRunner().invoke(weights, ["inspect", str(file)], catch_exceptions=False).output
     assert "0.0 -> 0.1" in table and hash_of(new) in table and "small" in table
@@ -199,3 +210,121 @@ def test_a_file_that_is_no_update_is_refused_by_name(tmp_path: pathlib.Path) -> 
     with pytest.raises(WeightsError, match="cannot read"):
         load(tmp_path / "nothing")
     assert following(tmp_path / "nowhere", None) is None
+
+
+def in_parts(path: pathlib.Path) -> tuple[pathlib.Path, directory.About, list[UpdatePart]]:
+    """A file of three parts."""
+    written = Written(path)
+    written.advance(2)
+    file = path / directory.file_name(FIRST, Version(0, 1), False)
+    about, [part] = load(file)
+    parts = [sealed(part, part=i, parts=3) for i in range(3)]
+    directory.save(file, about := replace(about, parts=3), parts)
+    load(file)
+    return file, about, parts
+
+
+def sealed(part: UpdatePart, /, **changes: Any) -> UpdatePart:
+    """Somebody who changes a part on purpose gets its checksum right."""
+    changed = replace(part, **changes)
+    return replace(changed, checksum=checksum(changed))
+
+
+LIES: dict[str, Any] = {
+    "the run": {"run": "other"},
+    "the base": {"base": Version(0, 7)},
+    "the target": {"target": Version(0, 9)},
+    "the kind": {"anchor": True},
+    "the fingerprint": {"target_hash": "0" * 16},
+    "fewer parts": {"parts": 2},
+    "more parts": {"parts": 1 << 60},
+    "no parts": {"parts": 0},
+    "less than none": {"parts": -1},
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_file_that_is_not_what_it_says_of_itself_is_refused_by_name(tmp_path: pathlib.Path, lie: str) -> None:
+    file, about, parts = in_parts(tmp_path)
+    directory.save(file, replace(about, **LIES[lie]), parts)
+    with pytest.raises(WeightsError, match=r"is damaged|is cut short"):
+        load(file)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (0, 0, 2), (0, 2, 1), (0, 1, 2, 2)])
+def test_parts_that_are_missing_twice_there_or_in_another_order_are_refused(
+    tmp_path: pathlib.Path, order: tuple[int, ...]
+) -> None:
+    file, about, parts = in_parts(tmp_path)
+    directory.save(file, replace(about, parts=len(order)), [parts[i] for i in order])
+    with pytest.raises(WeightsError, match="is damaged"):
+        load(file)
+
+
+def test_a_file_of_no_parts_or_with_something_behind_them_is_refused(tmp_path: pathlib.Path) -> None:
+    file, about, parts = in_parts(tmp_path)
+    for number in (0, -1):
+        directory.save(file, replace(about, parts=number), [])
+        with pytest.raises(WeightsError, match="is damaged"):
+            load(file)
+    directory.save(file, about, parts)
+    file.write_bytes(file.read_bytes() + b"x")
+    with pytest.raises(WeightsError, match="is damaged"):
+        load(file)
+
+
+def framed(body: bytes) -> bytes:
+    return directory.MAGIC + struct.pack("<I", len(body)) + body
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        directory.MAGIC,
+        directory.MAGIC + b"\xff" * 4,
+        framed(b""),
+        framed(b"\x91" * 60_000),
+        framed(b"\x81\xa1x" + b"\x91" * 60_000),
+        framed(msgspec.msgpack.encode({"run": "r"})),
+        framed(msgspec.msgpack.encode({"run": b"\xff\xfe"})),
+    ],
+)
+def test_bytes_of_anybody_are_refused_by_name(tmp_path: pathlib.Path, content: bytes) -> None:
+    (tmp_path / "x").write_bytes(content)
+    for read in (describe, load):
+        with pytest.raises(WeightsError, match=r"/x is (no update|damaged|cut short)"):
+            read(tmp_path / "x")
+
+
+def test_an_anchor_that_claims_more_than_it_has_is_refused_before_memory_is_taken(tmp_path: pathlib.Path) -> None:
+    written = Written(tmp_path)
+    written.advance()
+    about, parts = load(tmp_path / directory.file_name(FIRST, FIRST, True))
+    starts = [*parts[0].starts]
+    starts[0] = SLICE << 17  # so many slices would be listed
+    directory.save(tmp_path / "x", about, [sealed(parts[0], starts=starts), *parts[1:]])
+    parts, chain = load(tmp_path / "x")[1], Chain(RUN, 64, 3)
+    tracemalloc.start()
+    with pytest.raises(WeightsError, match="has not all of"):
+        chain.advance(parts)
+    taken = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert taken < 4 << 20
+
+
+def test_only_files_with_our_names_are_seen(tmp_path: pathlib.Path) -> None:
+    names = {place: directory.file_name(FIRST, Version(0, step), True) for step, place in enumerate("adpl")}
+    (tmp_path / names["a"]).write_bytes(b"")
+    (tmp_path / names["d"]).mkdir()
+    os.mkfifo(tmp_path / names["p"])  # to open it would be to wait for ever
+    (tmp_path / names["l"]).symlink_to(tmp_path / "nothing")
+    for other in ("x", names["a"] + ".part", names["a"].replace("0", "\u0660")):
+        (tmp_path / other).write_bytes(b"")
+    assert [path.name for _, _, path in listing(tmp_path)] == [names["a"]]
+
+
+def test_a_directory_that_cannot_be_read_is_named(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "x").write_bytes(b"")
+    with pytest.raises(WeightsError, match=r"cannot read .*/x: Not a directory"):
+        listing(tmp_path / "x")

@@ -24,6 +24,24 @@ SIZES = st.sampled_from([0, 1, 300, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5])
 SHARES = st.sampled_from([0.0, 0.0005, 0.01, 0.3, 1.0])
 
 
+def decode(code: ByteArray, dtype: torch.dtype, elements: int) -> SparseDelta:
+    """By itself, and between two others: the same difference, or an error from both."""
+    other = fast.encode(SparseDelta(9, torch.tensor([3]), torch.ones(1, dtype=dtype)))
+    before = np.concatenate(other)
+    frames = np.concatenate([before, code, before])
+    ends = np.cumsum([before.size, code.size, before.size])
+    sizes = np.array([9, elements, 9])
+    try:
+        delta = fast.decode(code, dtype, elements)
+    except WeightsError:
+        with pytest.raises(WeightsError):
+            fast.decode_frames(frames, ends, sizes, dtype)
+        raise
+    found = fast.decode_frames(frames, ends, sizes, dtype)
+    assert same(found[1], delta) and all(each.indices.tolist() == [3] for each in (found[0], found[2]))
+    return delta
+
+
 def code_of(delta: SparseDelta) -> ByteArray:
     return np.concatenate([np.empty(0, np.uint8), *fast.encode(delta)])
 
@@ -84,9 +102,9 @@ def test_a_difference_comes_back(seed: int, dtype: torch.dtype, elements: int, s
     delta = random_delta(seed, dtype, elements, share)
     code = code_of(delta)
     code.flags.writeable = False
-    assert same(fast.decode(code, dtype, elements), delta)
+    assert same(decode(code, dtype, elements), delta)
     moved = np.concatenate([np.zeros(1, np.uint8), code])[1:]
-    assert same(fast.decode(moved, dtype, elements), delta), "whatever address it begins at"
+    assert same(decode(moved, dtype, elements), delta), "whatever address it begins at"
 
 
 @LIGHT
@@ -105,14 +123,14 @@ def test_blocks_decode_apart_as_they_do_together(seed: int, dtype: torch.dtype, 
 @pytest.mark.parametrize("first", [0, BLOCK - 1])
 def test_gaps_of_every_length_are_kept(gap: int, first: int) -> None:
     delta = delta_of([first, first + 1 + gap], 3 * BLOCK)
-    assert same(fast.decode(code_of(delta), torch.int16, delta.elements), delta)
+    assert same(decode(code_of(delta), torch.int16, delta.elements), delta)
 
 
 def test_the_edges_of_blocks_are_kept() -> None:
     elements = 3 * BLOCK
     for positions in ([0], [BLOCK - 1], [BLOCK], [elements - 1], [BLOCK - 1, BLOCK], list(range(elements))):
         delta = delta_of(positions, elements)
-        assert same(fast.decode(code_of(delta), torch.int16, elements), delta)
+        assert same(decode(code_of(delta), torch.int16, elements), delta)
 
 
 def test_every_step_is_kept() -> None:
@@ -122,7 +140,7 @@ def test_every_step_is_kept() -> None:
     ):
         steps = steps[steps != 0].to(dtype)
         delta = SparseDelta(steps.numel(), torch.arange(steps.numel()), steps)
-        assert same(fast.decode(code_of(delta), dtype, delta.elements), delta)
+        assert same(decode(code_of(delta), dtype, delta.elements), delta)
 
 
 def test_a_change_takes_less_than_thirteen_bits_at_the_usual_share() -> None:
@@ -147,7 +165,7 @@ def test_positions_that_do_not_ascend_are_not_encoded() -> None:
 def refused_or_sound(code: ByteArray, dtype: torch.dtype, elements: int) -> bool:
     """True if the bytes are refused; what is not refused must be a difference that can be applied."""
     try:
-        delta = fast.decode(code, dtype, elements)
+        delta = decode(code, dtype, elements)
     except WeightsError:
         return True
     assert (delta.indices[1:] > delta.indices[:-1]).all() and (delta.steps != 0).all()
@@ -221,7 +239,7 @@ def table(*rows: tuple[int, int, int]) -> ByteArray:
 def test_what_is_wrong_is_named(rows: list[tuple[int, int, int]], rest: list[int], says: str) -> None:
     code = np.concatenate([table(*rows), np.array(rest, np.uint8)])
     with pytest.raises(WeightsError, match=says):
-        fast.decode(code, torch.int16, 10)
+        decode(code, torch.int16, 10)
 
 
 def test_a_few_bytes_cannot_ask_for_much_memory() -> None:
@@ -233,7 +251,7 @@ def test_a_few_bytes_cannot_ask_for_much_memory() -> None:
     for code, elements in liars:
         tracemalloc.start()
         with pytest.raises(WeightsError):
-            fast.decode(code, torch.int16, elements)
+            decode(code, torch.int16, elements)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 100_000

@@ -205,11 +205,15 @@ def test_the_compiled_loops_do_what_the_readable_ones_do(
     classes, ranks = arrays.ranks(base, bounds, indices)
     counts = np.bincount(classes, minlength=bounds.size)
     streams = arrays.fast_encode(indices, steps, elements)
+    frame = np.concatenate([stream.reshape(-1).view(np.uint8) for stream in streams])
+    ends = np.arange(4) * frame.size
+    frames = (np.tile(frame, 3), ends[:3], ends[1:], np.full(3, elements), steps.dtype)
     calls = {
         "diff": (base, new.numpy()),
         "merge": (indices, steps, *arrays.diff(new.numpy(), changed(rng, new, dtype, share).numpy())),
         "fast_encode": (indices, steps, elements),
         "fast_decode": (*streams, 0, elements),
+        "fast_decode_frames": frames,
         "ranks": (base, bounds, indices),
         "select": (base, bounds, counts, ranks[np.argsort(classes, kind="stable")]),
     }

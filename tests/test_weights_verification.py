@@ -42,6 +42,20 @@ def test_a_version_that_is_not_live_as_published_is_reported_and_answered_with_a
     ]
 
 
+def test_who_lags_is_recomputed_although_it_passes_the_versions_at_which_that_is_due() -> None:
+    world = World(verify_every=5)
+    world.settle()
+    for _ in range(5):
+        for _ in range(3):  # the second comes while the first is under way, and then there is a third
+            world.advance(0.02)
+        world.settle()
+    assert [report.version.step for report in world.of(VersionReport)] == [1, 3, 4, 6, 7, 9, 10, 12, 13, 15]
+    assert [report.version.step for report in world.of(EngineVerified)] == [6, 10, 15]
+    world.fork(3)
+    world.settle()
+    assert [report.version for report in world.of(EngineVerified)][3:] == [world.newest]
+
+
 def test_weights_are_recomputed_every_so_many_versions_and_no_update_comes_between() -> None:
     world = World(verify_every=3)
     world.settle()

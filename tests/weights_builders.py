@@ -25,11 +25,17 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "down": (HIDDEN, INNER),
     "norm": (HIDDEN,),
     "scale": (),
+    "q_bias": (QUERY,),
+    "k_bias": (KEY,),
+    "v_bias": (KEY,),
 }
 FUSED = {
     "q": ("qkv", 0),
     "k": ("qkv", QUERY),
     "v": ("qkv", QUERY + KEY),
+    "q_bias": ("qkv_bias", 0),
+    "k_bias": ("qkv_bias", QUERY),
+    "v_bias": ("qkv_bias", QUERY + KEY),
     "gate": ("gate_up", 0),
     "up": ("gate_up", INNER),
 }
@@ -96,11 +102,12 @@ def hash_of(tensors: Tensors) -> str:
 
 
 class Model(torch.nn.Module):
-    """Fuses q, k, v and gate, up; its head is its embedding."""
+    """Fuses q, k, v, their biases, and gate, up; its head is its embedding."""
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
-        made = {"qkv": (QUERY + 2 * KEY, HIDDEN), "gate_up": (2 * INNER, HIDDEN)}
+        made: dict[str, tuple[int, ...]] = {"qkv": (QUERY + 2 * KEY, HIDDEN), "qkv_bias": (QUERY + 2 * KEY,)}
+        made["gate_up"] = (2 * INNER, HIDDEN)
         made |= {name: shape for name, shape in SHAPES.items() if name not in FUSED}
         for name, shape in made.items():
             self.register_parameter(name, torch.nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False))
@@ -136,8 +143,8 @@ def map_of(model: Model, dtype: torch.dtype = torch.bfloat16) -> LoadMap:
 
 
 class Shard(Model):
-    """One of several ranks: q, k, v, gate and up by rows (a head of k and v on several ranks, if they are too few),
-    down by columns, the vocabulary by rows and padded, everything else whole."""
+    """One of several ranks: q, k, v, their biases, gate and up by rows (a head of k and v on several ranks, if they are
+    too few), down by columns, the vocabulary by rows and padded, everything else whole."""
 
     def __init__(self, rank: int, ranks: int, dtype: torch.dtype = torch.bfloat16) -> None:
         torch.nn.Module.__init__(self)
@@ -149,6 +156,7 @@ class Shard(Model):
         made: dict[str, tuple[int, ...]] = {
             "embed": (self.vocabulary, HIDDEN),
             "qkv": (rows["q"] + 2 * rows["k"], HIDDEN),
+            "qkv_bias": (rows["q"] + 2 * rows["k"],),
             "gate_up": (2 * rows["gate"], HIDDEN),
             "down": (HIDDEN, INNER // ranks),
             "norm": (HIDDEN,),
@@ -160,9 +168,10 @@ class Shard(Model):
 
     def load_one(self, name: str, tensor: torch.Tensor) -> None:
         if name in FUSED:
-            target, rows = getattr(self, FUSED[name][0]).data, self.rows[name]
-            first = self.rank * rows if name not in "kv" else self.rank * KEY // self.ranks
-            target.narrow(0, self.starts[name], rows).copy_(tensor.narrow(0, first, rows))
+            part = name.removesuffix("_bias")
+            target, rows = getattr(self, FUSED[name][0]).data, self.rows[part]
+            first = self.rank * rows if part not in "kv" else self.rank * KEY // self.ranks
+            target.narrow(0, self.starts[part], rows).copy_(tensor.narrow(0, first, rows))
         elif name == "embed":
             first = min(self.rank * self.vocabulary, VOCABULARY)
             some = tensor.narrow(0, first, min(self.vocabulary, VOCABULARY - first))

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -98,44 +98,44 @@ class Comparison:
         positions, steps, ends = self.positions, self.steps, self.ends
         if ends is None:
             positions, steps, ends = self.sorting.sort(positions, steps)
-        positions, run_ends, run, low = positions.to(torch.int64), ends.tolist(), 0, 0
-        for of, runs in self.sorting.slices:
-            run += len(runs)
-            high = run_ends[run - 1]
-            if low < high:
+        last_runs = accumulate(len(runs) for _, runs in self.sorting.slices)
+        run_ends = ends.tolist()
+        counts = [high - low for low, high in pairwise([0, *(run_ends[run - 1] for run in last_runs)])]
+        # at once: whatever this thread calls one by one makes the training thread wait, which launches kernels
+        found = (torch.split(each[: sum(counts)], counts) for each in (positions.to(torch.int64), steps))
+        for (of, runs), indices, here in zip(self.sorting.slices, *found, strict=True):
+            if indices.numel():
                 new = None
-                if self.new is not None and 2 * (high - low) > of.elements == sum(each.elements for each in runs):
+                if self.new is not None and 2 * indices.numel() > of.elements == sum(each.elements for each in runs):
                     new = torch.cat([self.new[each.begin : each.begin + each.elements] for each in runs])
-                delta = SparseDelta(of.elements, positions[low:high], steps[low:high])
-                yield Piece(of.name, of.start, Change(self.dtype, delta, None, new))
-            low = high
+                yield Piece(of.name, of.start, Change(self.dtype, SparseDelta(of.elements, indices, here), None, new))
 
 
 class Changes:
     """Of one step or several; not yet as pieces, which is work for another thread."""
 
     def __init__(self, comparisons: Sequence[Comparison]) -> None:
-        self._comparisons = comparisons
+        self.comparisons = comparisons
 
     @property
     def share(self) -> float:
         """Of this process's elements, those that changed; of several steps, in the mean.  0 if no step was taken."""
-        changed = sum(comparison.positions.numel() for comparison in self._comparisons)
-        return changed / max(sum(comparison.sorting.elements for comparison in self._comparisons), 1)
+        changed = sum(comparison.positions.numel() for comparison in self.comparisons)
+        return changed / max(sum(comparison.sorting.elements for comparison in self.comparisons), 1)
 
     @property
     def seconds(self) -> float:
         """That finding them added to the steps."""
-        return sum(comparison.seconds for comparison in self._comparisons)
+        return sum(comparison.seconds for comparison in self.comparisons)
 
     @property
     def cpu_seconds(self) -> float:
         """Of the training thread, likewise."""
-        return sum(comparison.cpu_seconds for comparison in self._comparisons)
+        return sum(comparison.cpu_seconds for comparison in self.comparisons)
 
     def pieces(self) -> list[Piece]:
         """One for each slice of which anything changed."""
-        return compose((piece for comparison in self._comparisons for piece in comparison.pieces()), ())
+        return compose((piece for comparison in self.comparisons for piece in comparison.pieces()), ())
 
 
 def _runs(stretches: Sequence[Stretch], boxes: Mapping[str, Sequence[Box]]) -> Iterator[_Run]:

@@ -23,11 +23,19 @@ from stream_rl.errors import ConfigError, StreamRLError
 cpu_shim.install()
 
 
+HIGHEST_PORT = 65535 - 10_000
+"""SGLang 0.5.15 puts its gRPC server 10,000 ports above the other, and ends if there is no such port."""
+
+
 def free_port() -> int:
     """A port of the loopback interface that was free a moment ago; SGLang wants a number and not a socket."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    with contextlib.ExitStack() as held:  # so that none is offered twice
+        for _ in range(64):
+            probe = held.enter_context(socket.socket())
+            probe.bind(("127.0.0.1", 0))
+            if (port := int(probe.getsockname()[1])) <= HIGHEST_PORT:
+                break
+    return port
 
 
 def arguments(options: Mapping[str, Any], model_path: str, port: int) -> list[str]:

@@ -16,7 +16,7 @@ from engines.weights import fingerprint
 from engines.weights.codes import payload, ulp
 from engines.weights.codes.changes import MANTISSA, Change
 from engines.weights.codes.payload import Code
-from engines.weights.parts import Line, Piece, apply_, compose, cut, dense_pieces, read, relabelled, slices
+from engines.weights.parts import SLICE, Line, Piece, apply_, compose, cut, dense_pieces, read, relabelled, slices
 from stream_rl.errors import WeightsError
 from stream_rl.messages import UpdatePart
 from stream_rl.types import Version
@@ -159,7 +159,8 @@ class Chain:
             covered.setdefault(piece.name, []).append((piece.start, piece.stop))
         for name, spans in covered.items():
             end = max(stop for _, stop in spans)
-            if sorted(spans) != [(part.start, part.stop) for part in slices(end)]:
+            # the first condition bounds the second by what came
+            if end > len(spans) * SLICE or sorted(spans) != [(part.start, part.stop) for part in slices(end)]:
                 raise WeightsError(f"the anchor {line.target} has not all of {name}")
             if self._bits and (name not in self._bits or self._bits[name].numel() != end):
                 raise WeightsError(f"the anchor {line.target} has {end} elements of {name}, which are others here")
@@ -226,8 +227,8 @@ class Chain:
         """What brings an engine that holds `held` to the newest version (None: an anchor), if nothing is left to be
         computed for it."""
         assert self.version is not None
-        if held in self._prepared:
-            return self._prepared[held]
+        if (ready := self._prepared.get(held)) is not None:  # once: the thread that takes versions may clear it now
+            return ready
         update = self._updates.get(held) if held is not None else None
         return update if update is not None and update.target == self.version else None
 

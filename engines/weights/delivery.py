@@ -182,6 +182,7 @@ class Delivery:
         if not known:
             log.warning("%s gets all weights", engine.name)
             engine.held = None
+        engine.counted_from = engine.counted_from or self._chain.version
         engine.hellos.clear()
 
     def _bring_up(self, engine: Recipient, held: Version | None) -> Outgoing:
@@ -285,11 +286,17 @@ class Delivery:
             log.error("%s: version %s did not become live as published: %s", engine.name, update.target, problem)
             return self._heal(engine, problem)
         engine.failures = 0
-        every = self._weights.verify_every
-        engine.verify = engine.verify or (every > 0 and update.target.step % every == 0)
+        engine.verify = engine.verify or self._is_due(engine, update.target)
         if engine.verify:
             return self._verify(engine)
         return self._next(engine)
+
+    def _is_due(self, engine: Recipient, live: Version) -> bool:
+        """A multiple of weights.verify_every has been reached, or passed: what lags does not get every version."""
+        every, counted = self._weights.verify_every, engine.counted_from
+        if every < 1 or counted is None:
+            return False
+        return live.history != counted.history or live.step // every > counted.step // every
 
     def _judged(self, ranks: Mapping[int, Total], version: Version) -> tuple[str, str]:
         """Fingerprint of a whole engine, and what is wrong with it, if anything is."""
@@ -303,6 +310,7 @@ class Delivery:
 
     def _verify(self, engine: Recipient) -> Outgoing:
         engine.verify, engine.verifying, engine.spoken_at = False, True, self._clock()
+        engine.counted_from = self._held(engine)
         engine.hashes.clear()
         return [(peer, HashOrder(version=self._held(engine))) for peer in engine.peers.values()]
 

@@ -8,32 +8,24 @@ part as it would be sent: the number of its frames, their lengths, the frames.  
 """
 
 import contextlib
-import logging
 import os
 import pathlib
 import re
 import struct
-import time
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
 import msgspec
 
-from engines.weights.chain import Chain
-from engines.weights.codes.payload import Code
-from engines.weights.parts import Line, Piece, cut
-from stream_rl import config, wire
+from stream_rl import wire
 from stream_rl.errors import WeightsError, WireError
 from stream_rl.messages import UpdatePart
 from stream_rl.types import Version
 
-log = logging.getLogger(__name__)
 MAGIC = b"stream_rl update 1\n"
 MAX_ABOUT_BYTES = 1 << 16
-KEEP_ANCHORS = 2
-"""The newest, and the one before it for whoever is still reading from there."""
-_NAME = re.compile(r"(\d{6})\.(\d{9})(?:\.from\.(\d{6})\.(\d{9})\.update|\.anchor)")
+_NAME = re.compile(r"([0-9]{6})\.([0-9]{9})(?:\.from\.([0-9]{6})\.([0-9]{9})\.update|\.anchor)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,8 +33,8 @@ class About:
     """What a file says of itself."""
 
     run: str
-    base: tuple[int, int]
-    target: tuple[int, int]
+    base: Version
+    target: Version
     anchor: bool
     code: str
     target_hash: str
@@ -88,94 +80,51 @@ def describe(path: pathlib.Path) -> About:
 
 
 def load(path: pathlib.Path) -> tuple[About, list[UpdatePart]]:
-    """Raises WeightsError for a file that is not one of ours, or not whole."""
+    """Raises WeightsError for a file that is not one of ours, not whole, or not what it says of itself.
+
+    The parts' bytes are checked when they are read, see parts.read; their checksums cover what is compared here.
+    """
     with _opened(path) as file:
         about = _about(file, path)
-        return about, [_part(file, path) for _ in range(about.parts)]
+        parts = [_part(file, path) for _ in range(about.parts)]
+        if not parts or file.read(1):
+            raise WeightsError(f"{path} is damaged: it has other than {about.parts} parts")
+    described = about.run, about.base, about.target, about.anchor, about.target_hash, about.parts, 0, 1
+    for i, part in enumerate(parts):
+        line = part.run, part.base, part.target, part.anchor, part.target_hash, part.parts, part.source, part.sources
+        if line != described or part.part != i:
+            raise WeightsError(f"{path} is damaged: what it says of itself is not so in part {i}")
+    return about, parts
 
 
-class Outbox:
-    """The publisher's side: writes each version, and prunes."""
-
-    def __init__(self, directory: pathlib.Path, part_bytes: int, anchor_every: int) -> None:
-        self._directory, self._part_bytes, self._anchor_every = directory, part_bytes, anchor_every
-        self._anchored = False
-        """What was written last leads on from an anchor, without a gap."""
-        self._elements = 0
-
-    @classmethod
-    def of(cls, recipe: config.Recipe) -> "Outbox | None":
-        """None if the recipe wants none."""
-        weights = recipe.weights
-        if not weights.directory:
-            return None
-        return cls(recipe.run_directory / weights.directory, weights.part_bytes, weights.anchor_every)
-
-    def write(self, line: Line, pieces: list[Piece]) -> None:
-        """A version is about to be taken; `pieces` have the old bits, which the small code needs."""
-        if not self._anchored:
-            return  # an anchor will be written
-        try:
-            parts = cut(pieces, line, Code.SMALL, self._part_bytes)
-            self._save(line, "small", parts, sum(piece.change.changed for piece in pieces))
-        except WeightsError:
-            log.exception("version %s is not in the directory; the next one will be an anchor", line.target)
-            self._anchored = False
-
-    def settle(self, chain: Chain) -> None:
-        """A version has been taken: an anchor if one is due."""
-        version = chain.version
-        assert version is not None
-        self._elements = chain.elements
-        if self._anchored and (self._anchor_every < 1 or version.step % self._anchor_every):
-            return
-        anchor = chain.prepare(None)
-        line = Line(anchor.parts[0].run, version, version, True, target_hash=chain.hashes[version])
-        try:
-            self._save(line, "dense", anchor.parts, chain.elements)
-            self._anchored = True
-            self._prune()
-        except WeightsError:
-            log.exception("the anchor %s is not in the directory", version)
-
-    def _save(self, line: Line, code: str, parts: list[UpdatePart], changed: int) -> None:
-        about = About(
-            run=line.run,
-            base=line.base,
-            target=line.target,
-            anchor=line.anchor,
-            code=code,
-            target_hash=line.target_hash,
-            changed=changed,
-            elements=self._elements,
-            parts=len(parts),
-            seconds=time.time(),
-        )
-        save(self._directory / file_name(line.base, line.target, line.anchor), about, parts)
-
-    def _prune(self) -> None:
-        """What is older than the last anchors leads nobody anywhere."""
-        files = sorted(listing(self._directory), key=lambda entry: entry[1])
-        anchors = [target for base, target, _ in files if base is None]
-        if len(anchors) > KEEP_ANCHORS:
-            for _, target, path in files:
-                if target < anchors[-KEEP_ANCHORS]:
-                    path.unlink(missing_ok=True)
+def listing(directory: pathlib.Path) -> list[tuple[Version | None, Version, pathlib.Path]]:
+    """Base (None of an anchor), target and path of every file there is; none if there is no directory yet.  Raises
+    WeightsError if it cannot be read."""
+    try:
+        with os.scandir(directory) as entries:
+            names = [entry.name for entry in entries if _NAME.fullmatch(entry.name) and entry.is_file()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise WeightsError(f"cannot read {directory}: {error.strerror}") from error
+    return [(*_versions(name), directory / name) for name in names]
 
 
-def listing(directory: pathlib.Path) -> Iterator[tuple[Version | None, Version, pathlib.Path]]:
-    """Base (None of an anchor), target and path of every file there is."""
-    for path in directory.iterdir() if directory.is_dir() else ():
-        if (match := _NAME.fullmatch(path.name)) is not None:
-            numbers = [None if each is None else int(each) for each in match.groups()]
-            base = None if numbers[2] is None else Version(numbers[2], numbers[3] or 0)
-            yield base, Version(numbers[0] or 0, numbers[1] or 0), path
+def _versions(name: str) -> tuple[Version | None, Version]:
+    match = _NAME.fullmatch(name)
+    assert match is not None
+    history, step, base_history, base_step = match.groups()
+    base = None if base_history is None else Version(int(base_history), int(base_step))
+    return base, Version(int(history), int(step))
 
 
 def following(
     directory: pathlib.Path, held: Version | None, unusable: Container[pathlib.Path] = ()
 ) -> pathlib.Path | None:
-    """The file that leads on from `held`: the update from there if there is one, else a newer anchor, else None."""
+    """The file that leads on from `held`: the update from there if there is one, else a newer anchor, else None.
+
+    Raises WeightsError if the directory cannot be read.
+    """
     files = [entry for entry in listing(directory) if entry[2] not in unusable]
     onward = [path for base, _, path in files if base is not None and base == held]
     anchors = [(target, path) for base, target, path in files if base is None and (held is None or target > held)]
@@ -201,7 +150,7 @@ def _about(file: BinaryIO, path: pathlib.Path) -> About:
         raise WeightsError(f"{path} is damaged: it describes itself in {length} bytes")
     try:
         return msgspec.msgpack.decode(_exactly(file, length, path), type=About)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise WeightsError(f"{path} is damaged: {error}") from error
 
 

@@ -19,7 +19,7 @@ import torch
 from engines.weights.chain import Chain
 from engines.weights.codes import payload
 from engines.weights.delivery import Delivery, Outgoing
-from engines.weights.directory import Outbox
+from engines.weights.outbox import Outbox
 from engines.weights.stock_fleet import StockFleet
 from stream_rl import config, runtime
 from stream_rl.errors import StreamRLError, WeightsError
@@ -57,7 +57,8 @@ class Publisher:
         self._delivery = Delivery(
             run, incarnation, self._chain, weights, supervise.retry_s, supervise.silence_timeout_s, time.monotonic
         )
-        self._outbox = Outbox.of(recipe)
+        self._outbox = Outbox.of(recipe, run)
+        self._filed = asyncio.Event()
         self._fleet = StockFleet(recipe)
         self._parts: dict[tuple[int, int], UpdatePart] = {}
         """Of the version that is coming, by source and number."""
@@ -72,6 +73,8 @@ class Publisher:
         async with asyncio.TaskGroup() as tasks:
             for loop in (self.serve(), self.work(), self.remind(), self.listen(), self._fleet.run(self._queue.send)):
                 tasks.create_task(loop)
+            if self._outbox is not None:
+                tasks.create_task(self.file(self._outbox))
 
     async def serve(self) -> None:
         """Consumes: messages to the router.  Waits for: the next one.  Produces: updates for the engines, reports for
@@ -124,6 +127,17 @@ class Publisher:
                 case _:
                     log.warning("the queue sent a %s, which the publisher has no use for", type(message).__name__)
 
+    async def file(self, outbox: Outbox) -> None:
+        """Consumes: files that wait to be written.  Waits for: the next.  Produces: the directory.  Unblocked by:
+        `work`.  At the end it writes what still waits, if the process is given the time."""
+        try:
+            while True:
+                await self._filed.wait()
+                self._filed.clear()
+                await asyncio.to_thread(outbox.flush)
+        finally:
+            await asyncio.to_thread(outbox.flush)
+
     # -- the learner's side ------------------------------------------------------------------------------------
 
     def _offered(self, offer: VersionOffer) -> list[VersionTaken | VersionWanted | Refused]:
@@ -170,10 +184,11 @@ class Publisher:
         # it is in our hands: the learner need not wait for the rest
         await self._say([(peer, VersionTaken(target=target))])
         await asyncio.to_thread(self._chain.take, arrival, self._outbox.write if self._outbox else None)
+        await self._say(self._delivery.advance())
         if self._outbox is not None:
             await asyncio.to_thread(self._outbox.settle, self._chain)
+            self._filed.set()
         await self._fleet.offer(self._chain)
-        await self._say(self._delivery.advance())
 
     def _newest(self) -> Version | None:
         return self._in_hand or self._chain.version

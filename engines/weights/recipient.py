@@ -66,6 +66,8 @@ class Recipient:
     verify: bool = False
     """A full recomputation is due when no update is under way."""
     verifying: bool = False
+    counted_from: Version | None = None
+    """Of the last full recomputation, or what was newest when it came: the next one is counted from here."""
     corrupt: int = 0
     """Parts of this update that arrived corrupt."""
     failures: int = 0

@@ -7,6 +7,7 @@ import click
 
 from scripts.bench.codec import codec
 from scripts.bench.publish import publish
+from scripts.bench.updates import updates
 
 
 @click.group()
@@ -34,3 +35,4 @@ def queue(tokens: int, requests: int, path: pathlib.Path | None, fsync: bool) ->
 
 bench.add_command(codec)
 bench.add_command(publish)
+bench.add_command(updates)

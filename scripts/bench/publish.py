@@ -31,7 +31,7 @@ TARGETS = {"step_wall_ratio": (1.03, "<="), "cpu_share": (0.03, "<=")}
 INCLUDES = {
     "step_wall_ratio": "seconds of a watched step over those of the same step of the other learner, from its batch "
     "until the device is idle: geometric mean and 95 % interval over pairs that alternate in order",
-    "find_seconds": "of them, what is spent comparing; on a GPU by its own clock",
+    "find_seconds": "of them, what is spent comparing; on a GPU once it has done what was given to it before",
     "cpu_share": "CPU time of our code, in the step and in the thread beside it, over that of the whole process "
     "during a watched step; on a GPU waiting for it counts too, because its driver spins",
     "encode_cpu_seconds": "CPU time of sorting one step's changes and encoding them, in the thread beside the steps",

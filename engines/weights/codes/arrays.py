@@ -110,6 +110,25 @@ def fast_decode(
     return indices, steps
 
 
+def fast_decode_frames(
+    data: ByteArray, starts: Int64Array, ends: Int64Array, elements: Int64Array, dtype: np.dtype[Any]
+) -> tuple[Int64Array, Int64Array, Bits]:
+    """How many changes each frame data[start:end] has, of a tensor of so many elements; positions in their tensors and
+    steps of all of them, frame after frame.  `dtype`: of the steps."""
+    from engines.weights.codes import fast  # it asks for these functions itself
+
+    found = []
+    for start, end, size in zip(starts.tolist(), ends.tolist(), elements.tolist(), strict=True):
+        streams = fast.streams(data[start:end], dtype.itemsize, size, range(fast.num_blocks(size)))
+        found.append(fast_decode(*streams, 0, size))
+    indices, steps = [np.empty(0, np.int64)], [np.empty(0, dtype)]
+    return (
+        np.array([each.size for each, _ in found], np.int64),
+        np.concatenate(indices + [each for each, _ in found]),
+        np.concatenate(steps + [each for _, each in found]),
+    )
+
+
 def ranks(base: Bits, bounds: Int64Array, indices: Int64Array) -> tuple[ByteArray, Int64Array]:
     """Class of each position, and its number among the elements of that class.
 

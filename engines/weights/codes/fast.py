@@ -17,7 +17,7 @@ import torch
 
 from engines.weights.codes.bitstreams import Reader
 from engines.weights.codes.kernels import kernels
-from engines.weights.codes.layout import BLOCK, MOST_SKIPS
+from engines.weights.codes.layout import BLOCK, MOST_SKIPS, Table
 from engines.weights.codes.ulp import SparseDelta
 from stream_rl.errors import WeightsError
 from stream_rl.types import ByteArray, Int64Array
@@ -39,6 +39,30 @@ def decode(code: ByteArray, dtype: torch.dtype, elements: int, blocks: range | N
     Raises WeightsError for bytes that `encode` cannot have made.
     """
     wanted = range(num_blocks(elements)) if blocks is None else blocks
+    table, gaps, nibbles, escapes = streams(code, dtype.itemsize, elements, wanted)
+    indices, steps = kernels().fast_decode(table, gaps, nibbles, escapes, wanted.start * BLOCK, elements)
+    return SparseDelta(elements, torch.from_numpy(indices), torch.from_numpy(steps))
+
+
+def decode_frames(data: ByteArray, ends: Int64Array, elements: Int64Array, dtype: torch.dtype) -> list[SparseDelta]:
+    """What several frames hold that lie one after the other, for tensors of so many elements each.
+
+    All of them at once, and without the interpreter: in an engine the scheduler's thread needs that for its own work.
+    """
+    width = np.dtype(np.int16 if dtype.itemsize == 2 else np.int32)
+    starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])[: ends.size]
+    counts, indices, steps = kernels().fast_decode_frames(data, starts, ends, elements, width)
+    sizes = counts.tolist()
+    of_each = zip(
+        torch.split(torch.from_numpy(indices), sizes), torch.split(torch.from_numpy(steps), sizes), strict=True
+    )
+    return [SparseDelta(size, *both) for size, both in zip(elements.tolist(), of_each, strict=True)]
+
+
+def streams(
+    code: ByteArray, width: int, elements: int, wanted: range
+) -> tuple[Table, ByteArray, ByteArray, npt.NDArray[Any]]:
+    """Table, gaps, nibbles and escapes of the wanted blocks; the sizes fit the table.  `width`: bytes of a step."""
     reader = Reader(code)
     table = reader.array(3 * num_blocks(elements), "<u2").reshape(-1, 3)
     changed, skips, escaped = table.astype(np.int64).T
@@ -46,11 +70,9 @@ def decode(code: ByteArray, dtype: torch.dtype, elements: int, blocks: range | N
         raise WeightsError("the table has a block with more changes than elements")
     gaps = _part(reader, changed + skips, wanted, "u1")
     nibbles = _part(reader, (changed + 1) // 2, wanted, "u1")
-    escapes = _part(reader, escaped, wanted, f"<i{dtype.itemsize}")
+    escapes = _part(reader, escaped, wanted, f"<i{width}")
     reader.end()
-    start = wanted.start * BLOCK
-    indices, steps = kernels().fast_decode(table[wanted.start : wanted.stop], gaps, nibbles, escapes, start, elements)
-    return SparseDelta(elements, torch.from_numpy(indices), torch.from_numpy(steps))
+    return table[wanted.start : wanted.stop], gaps, nibbles, escapes
 
 
 def _part(reader: Reader, lengths: Int64Array, wanted: range, dtype: str) -> npt.NDArray[Any]:

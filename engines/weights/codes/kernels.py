@@ -12,7 +12,9 @@ import importlib.util
 import pathlib
 import tempfile
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
+
+import numpy as np
 
 from engines.weights.codes.layout import Bits, Table
 from stream_rl.types import ByteArray, Int64Array
@@ -43,6 +45,10 @@ class Kernels(Protocol):
         self, table: Table, gaps: ByteArray, nibbles: ByteArray, escapes: Bits, start: int, elements: int
     ) -> tuple[Int64Array, Bits]: ...
 
+    def fast_decode_frames(
+        self, data: ByteArray, starts: Int64Array, ends: Int64Array, elements: Int64Array, dtype: np.dtype[Any]
+    ) -> tuple[Int64Array, Int64Array, Bits]: ...
+
     def ranks(self, base: Bits, bounds: Int64Array, indices: Int64Array) -> tuple[ByteArray, Int64Array]: ...
 
     def select(
@@ -72,7 +78,7 @@ def _loops() -> Kernels:
     # numba notices a change of one file only, and mixes up what processes write at the same time: so nothing is ever
     # written twice with different contents
     made_of = [numba.__version__, binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()]
-    contents = [(HERE / f"{name}.py").read_bytes() for name in ("layout", "loops", "words")]
+    contents = [(HERE / f"{name}.py").read_bytes() for name in ("compiling", "fast_loops", "layout", "loops", "words")]
     key = hashlib.sha256(b"\0".join([*map(str.encode, made_of), *contents])).hexdigest()[:16]
     before = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = _writable(f"{place}/numba-{key}" for place in PLACES)

@@ -6,48 +6,30 @@ are followed up.  Every position is checked before it is read or written, whoeve
 Importing this compiles everything, or loads it from where `kernels` has numba keep it.
 """
 
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any
 
-import numba
 import numpy as np
 
+from engines.weights.codes.compiling import ascended, compiled
+from engines.weights.codes.fast_loops import fast_decode as fast_decode
+from engines.weights.codes.fast_loops import fast_decode_frames as fast_decode_frames
+from engines.weights.codes.fast_loops import fast_encode as fast_encode
 from engines.weights.codes.layout import (
-    BLOCK,
-    ESCAPE,
     HASH_BITS,
     HASH_INDEX,
     HASH_MIX_1,
     HASH_MIX_2,
-    LARGEST,
     MAX_CLASSES,
-    MOST_SKIPS,
-    SKIP,
     Bits,
-    Table,
 )
 from engines.weights.codes.words import GROUP, differing, fetch, lowest, ones, reaching
 from stream_rl.errors import WeightsError
 from stream_rl.types import ByteArray, Int64Array
 
-P = ParamSpec("P")
-R = TypeVar("R")
 AHEAD = 16
 """Changes between asking for an element and changing it: without it each waits for memory in its turn."""
 STRIP = 4096
 """Elements compared before those that differ are followed up: both versions are in the first-level cache then."""
-
-
-def compiled(arguments: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Machine code for arguments of these types, where W stands for either width; other threads run while it does.
-
-    It is made here and now, in one order in all processes: numba numbers its files by it, and processes that compiled
-    at the same time in different orders would overwrite each other's.
-    """
-    signatures = [f"({arguments.replace('W', width)},)" for width in ("int16", "int32")]
-    cached = bool(numba.config.CACHE_DIR)
-    jit = numba.njit(list(dict.fromkeys(signatures)), cache=cached, nogil=True, error_model="numpy")
-    return cast(Callable[[Callable[P, R]], Callable[P, R]], jit)
 
 
 # -- differences ------------------------------------------------------------------------------------------------------
@@ -125,7 +107,7 @@ def _apply(bits: Any, indices: Any, steps: Any) -> bool:
 
 def apply(bits: Bits, indices: Int64Array, steps: Bits) -> None:
     assert indices.size == steps.size
-    _ascended(_apply(bits, indices, steps), bits.size)
+    ascended(_apply(bits, indices, steps), bits.size)
 
 
 @compiled("int64[::1], W[::1], int64[::1], W[::1], int64[::1], W[::1]")
@@ -153,134 +135,6 @@ def merge(first: Int64Array, first_steps: Bits, second: Int64Array, second_steps
     indices, steps = np.empty(room, np.int64), np.empty(room, first_steps.dtype)
     count = _merge(first, first_steps, second, second_steps, indices, steps)
     return indices[:count], steps[:count]
-
-
-# -- fast -------------------------------------------------------------------------------------------------------------
-
-
-@compiled("int64[::1], W[::1], int64, uint16[:, ::1], uint8[::1], uint8[::1], W[::1]")
-def _fast_encode(
-    indices: Any, steps: Any, elements: int, table: Any, gaps: Any, nibbles: Any, escapes: Any
-) -> tuple[int, int, int]:
-    """Lengths of gaps, nibbles and escapes; the first is -1 if the positions do not ascend."""
-    first = num_gaps = num_nibbles = num_escapes = 0
-    for block in range(table.shape[0]):
-        previous = block * BLOCK - 1
-        end = min(previous + 1 + BLOCK, elements)
-        k, gaps_before, escapes_before = first, num_gaps, num_escapes
-        while k < indices.size and indices[k] < end:
-            gap = indices[k] - previous - 1
-            if gap < 0:
-                return -1, 0, 0
-            while gap >= SKIP:
-                gaps[num_gaps] = SKIP
-                num_gaps += 1
-                gap -= SKIP
-            gaps[num_gaps] = gap
-            num_gaps += 1
-            previous = indices[k]
-            k += 1
-        here, packed = steps[first:k], nibbles[num_nibbles : num_nibbles + ((k - first + 1) >> 1)]
-        large = 0
-        for i in range(here.size >> 1):
-            low, high = here[2 * i] + (LARGEST + 1), here[2 * i + 1] + (LARGEST + 1)
-            low_fits, high_fits = (low > ESCAPE) & (low < 16), (high > ESCAPE) & (high < 16)
-            large |= (not low_fits) | (not high_fits)
-            packed[i] = (low if low_fits else ESCAPE) | (high if high_fits else ESCAPE) << 4
-        if here.size & 1:
-            low = here[here.size - 1] + (LARGEST + 1)
-            low_fits = (low > ESCAPE) & (low < 16)
-            large |= not low_fits
-            packed[packed.size - 1] = low if low_fits else ESCAPE
-        num_nibbles += packed.size
-        if large:
-            for i in range(here.size):
-                if here[i] > LARGEST or here[i] < -LARGEST:
-                    escapes[num_escapes] = here[i]
-                    num_escapes += 1
-        table[block, 0] = k - first
-        table[block, 1] = num_gaps - gaps_before - (k - first)
-        table[block, 2] = num_escapes - escapes_before
-        first = k
-    return (num_gaps if first == indices.size else -1), num_nibbles, num_escapes
-
-
-def fast_encode(indices: Int64Array, steps: Bits, elements: int) -> tuple[Table, ByteArray, ByteArray, Bits]:
-    assert indices.size == steps.size
-    blocks = -(-elements // BLOCK)
-    table = np.empty((blocks, 3), np.uint16)
-    gaps = np.empty(indices.size + blocks * MOST_SKIPS, np.uint8)
-    nibbles = np.empty((indices.size + blocks) // 2 + 1, np.uint8)
-    escapes = np.empty(indices.size, steps.dtype)
-    sizes = _fast_encode(indices, steps, elements, table, gaps, nibbles, escapes)
-    _ascended(sizes[0] >= 0, elements)
-    return table, gaps[: sizes[0]], nibbles[: sizes[1]], escapes[: sizes[2]]
-
-
-@compiled("uint16[:, ::1], uint8[::1], uint8[::1], W[::1], int64, int64, int64[::1], W[::1]")
-def _fast_decode(
-    table: Any, gaps: Any, nibbles: Any, escapes: Any, start: int, elements: int, indices: Any, steps: Any
-) -> int:
-    """0, or the number of what is wrong.  `indices` has room for one more than there are changes."""
-    first = gap = nibble = escape = 0
-    for block in range(table.shape[0]):
-        begin = start + block * BLOCK
-        position, end = begin, min(begin + BLOCK, elements)
-        changed: Any = np.int64(table[block, 0])
-        k, last, last_gap = first, first + changed, gap + changed + np.int64(table[block, 1])
-        if last_gap > gap and gaps[last_gap - 1] == SKIP:
-            return 1
-        for i in range(gap, last_gap):
-            distance = np.int64(gaps[i])
-            indices[min(k, last)] = position + distance
-            position += distance + (distance != SKIP)
-            k += distance != SKIP
-        if k != last:
-            return 1
-        if position > end:
-            return 2
-        gap = last_gap
-        last_escape = escape + np.int64(table[block, 2])
-        for i in range(changed):
-            code = np.int64(nibbles[nibble + (i >> 1)] >> np.uint8(4 * (i & 1))) & 15
-            step = code - (LARGEST + 1)
-            if code == ESCAPE:
-                if escape == last_escape:
-                    return 3
-                step = np.int64(escapes[escape])
-                escape += 1
-                if -LARGEST <= step <= LARGEST:
-                    return 4
-            elif step == 0:
-                return 4
-            steps[first + i] = step
-        if escape != last_escape:
-            return 3
-        nibble += (changed + 1) >> 1
-        if changed & 1 and nibbles[nibble - 1] > 15:
-            return 4
-        first = last
-    return 0
-
-
-PROBLEMS = (
-    "",
-    "a block has other changes than its table says",
-    "a change lies beyond the end of its block",
-    "a block has other escapes than its table says",
-    "a step is not in the code that is meant for it",
-)
-
-
-def fast_decode(
-    table: Table, gaps: ByteArray, nibbles: ByteArray, escapes: Bits, start: int, elements: int
-) -> tuple[Int64Array, Bits]:
-    changed = int(table[:, 0].sum(dtype=np.int64))
-    indices, steps = np.empty(changed + 1, np.int64), np.empty(changed, escapes.dtype)
-    problem = _fast_decode(table, gaps, nibbles, escapes, start, elements, indices, steps)
-    if problem:
-        raise WeightsError(PROBLEMS[problem])
-    return indices[:changed], steps
 
 
 # -- classes ----------------------------------------------------------------------------------------------------------
@@ -331,7 +185,7 @@ def _ranks(base: Any, bounds: Any, indices: Any, classes: Any, ranks: Any) -> An
 def ranks(base: Bits, bounds: Int64Array, indices: Int64Array) -> tuple[ByteArray, Int64Array]:
     assert 0 < bounds.size <= MAX_CLASSES
     classes, found = np.empty(indices.size, np.uint8), np.empty(indices.size, np.int64)
-    _ascended(_ranks(base, bounds, indices, classes, found), base.size)
+    ascended(_ranks(base, bounds, indices, classes, found), base.size)
     return classes, found
 
 
@@ -423,8 +277,3 @@ def _run_sum(seed: int, start: int, bits: Any) -> Any:
 
 def run_sum(seed: int, start: int, bits: Bits) -> int:
     return int(_run_sum(seed, start, bits))
-
-
-def _ascended(well: bool, elements: int) -> None:
-    if not well:
-        raise WeightsError(f"positions must ascend below {elements}")
