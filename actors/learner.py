@@ -12,27 +12,28 @@ import asyncio
 import logging
 import math
 import os
-import pathlib
 import time
+from collections.abc import Mapping
 from typing import Any
 
-from actors.batches import training_batch
+from actors import leases
+from actors.checkpoints import Checkpoints, recover
 from actors.hand_over import HandOver, anchor_parts
-from algorithms.losses import make_loss
-from engines.megatron import resume
-from engines.megatron.checkpoint import sweep
+from actors.scoring import NOTHING_BESIDE, Beside
+from actors.together import together
+from actors.training import Training, models_beside
 from engines.megatron.found import Changes
 from engines.megatron.learner import MegatronLearner
 from engines.weights import fingerprint
 from engines.weights.codes import payload
 from engines.weights.parts import Line
 from stream_rl import config, runtime
-from stream_rl.errors import WeightsError
+from stream_rl.errors import WouldOnlyRepeat
 from stream_rl.messages import Applied, Committed, Done, Hello, LearnerDone, Lease, LeaseRequest, UpdatePart
 from stream_rl.metrics import JsonLines
 from stream_rl.session import Session
 from stream_rl.transport import Dealer
-from stream_rl.types import TrainingBatch, Version
+from stream_rl.types import Version
 
 log = logging.getLogger(__name__)
 NAME = "learner-0"
@@ -50,8 +51,10 @@ class LearnerLoop:
         engine: MegatronLearner,
         first: Version,
         saved: bool,
+        beside: Beside = NOTHING_BESIDE,
     ) -> None:
-        """first: what the engine's weights are.  saved: a checkpoint holds them."""
+        """first: what the engine's weights are.  saved: a checkpoint holds them.  beside: the models that the recipe
+        asks."""
         self._recipe, self._run, self._first, self._saved = recipe, run, first, saved
         self._session, self._engine = session, engine
         self._version = first
@@ -59,8 +62,11 @@ class LearnerLoop:
         self._weights = asyncio.Lock()
         """Held while they change, until the queue knows the version that they have become."""
         self.hand_over = HandOver(publisher, run, recipe.weights, recipe.supervise, self._anchor)
-        self._loss = make_loss(recipe.algorithm.loss, recipe.algorithm)
-        self._log = append_lines(recipe.run_directory / "learner.jsonl")
+        self._training = Training(recipe, run, engine, beside)
+        self._checkpoints = Checkpoints(recipe, run, session, engine, beside)
+        self._log = JsonLines(recipe.run_directory / "learner.jsonl")
+        self._skipped: list[Version] = []
+        """Steps that were, in a row."""
         self._settled = 0.0
         """When the last step ended, or the first lease came: waiting for engines to start is not idleness."""
 
@@ -75,20 +81,27 @@ class LearnerLoop:
             await self._session.request(Committed(step=version), Done)
         self.hand_over.begin(version)
         patience = recipe.queue.lease_timeout_s + recipe.engine.start_timeout_s  # the first lease waits for engines too
-        while version.step < recipe.run.steps:
-            version = await self._step(version, patience)
-            patience = recipe.queue.lease_timeout_s
-            every = recipe.learner.checkpoint_every
-            if every and version.step % every == 0 and version.step < recipe.run.steps:
-                directory = await self._checkpoint(version)
-                await asyncio.to_thread(resume.retire, directory.parent, version.step)
-        if not (self._saved and version == self._first):
-            await self._checkpoint(version)
-        weights_sum = await asyncio.to_thread(fingerprint.model_sum, self._engine.named_weights())
+        async with asyncio.TaskGroup() as saving:
+            while version.step < recipe.run.steps:
+                version = await self._step(version, patience)
+                patience = recipe.queue.lease_timeout_s
+                every = recipe.learner.checkpoint_every
+                if every and version.step % every == 0 and version.step < recipe.run.steps:
+                    await self._checkpoint(saving, version)
+            if not (self._saved and version == self._first):
+                await self._checkpoint(saving, version)
+            await self._checkpoints.durable()
+        async with self._weights:
+            weights_sum = await asyncio.to_thread(fingerprint.model_sum, self._engine.named_weights())
         done = LearnerDone(final=version, weights_hash=fingerprint.text(weights_sum))
         await self.hand_over.finish(done)
         await self._session.request(done, Done)
         log.info("done at version %s", version)
+
+    async def _checkpoint(self, saving: asyncio.TaskGroup, version: Version) -> None:
+        await self._checkpoints.durable()  # while anchors may be taken
+        async with self._weights:
+            await self._checkpoints.begin(saving, version)
 
     async def listen(self) -> None:
         """Consumes: what the queue says unasked.  Only a Welcome after its restart can be that, and the session has
@@ -98,17 +111,15 @@ class LearnerLoop:
 
     async def _step(self, version: Version, patience: float) -> Version:
         """Lease, step, log, apply, hand over.  Returns the next version."""
-        recipe = self._recipe
         asked = time.perf_counter()
         lease = await self._session.request(LeaseRequest(step=version), Lease, patience)
         leased = time.perf_counter()
         self._settled = self._settled or leased
-        batch = training_batch(lease, recipe.algorithm, recipe.rollout.temperature)
         async with self._weights:
-            metrics, changes = await asyncio.to_thread(self._train, batch)
+            metrics, changes = await asyncio.to_thread(self._train, lease)
             trained = time.perf_counter()
             outcome = "skipped" if metrics.get("skipped") else "trained"
-            self._log.write(log_line(lease, outcome))
+            self._log.write(log_line(lease, outcome, metrics))
             metrics |= {
                 "wait_seconds": leased - asked,
                 "busy_seconds": trained - leased,
@@ -122,13 +133,32 @@ class LearnerLoop:
             await self._session.request(Applied(step=version, outcome=outcome, metrics=metrics), Done)
             self._version = version = Version(version.history, version.step + 1)
         await self.hand_over.put(version, changes.pieces)
+        self._notice_skips(lease.step, outcome)
         return version
 
-    def _train(self, batch: TrainingBatch) -> tuple[dict[str, float], Changes]:
-        metrics = self._engine.train_step(batch, self._loss)
+    def _train(self, lease: Lease) -> tuple[dict[str, float], Changes]:
+        """Do with a lease what learner.leases says."""
+        if self._recipe.learner.leases != "train":
+            leases.write(self._recipe.run_directory / leases.DIRECTORY, lease)
+        if self._recipe.learner.leases == "only_record":
+            return {"skipped": 1.0}, Changes(())
+        metrics = self._training.step(lease)
         changes = self._engine.take_changes()
         publishing = {"publish_seconds": changes.seconds, "changed_share": changes.share}
         return metrics | publishing, changes
+
+    def _notice_skips(self, step: Version, outcome: str) -> None:
+        """Raises WouldOnlyRepeat when learner.max_skipped_steps have been skipped in a row."""
+        section = self._recipe.learner
+        most = 0 if section.leases == "only_record" else section.max_skipped_steps
+        self._skipped = [*self._skipped, step] if outcome == "skipped" and most else []
+        if most and len(self._skipped) == most:
+            raise WouldOnlyRepeat(
+                f"the last {most} steps, {self._skipped[0]} to {step}, were skipped (learner.max_skipped_steps): their "
+                f"loss or gradient was not finite, or nothing in them was to be trained.  The weights are still those "
+                f"of step {self._skipped[0]}; `stream-rl learner capsule` says of what is kept in "
+                f"{self._recipe.run_directory}/capsules which tokens are to blame"
+            )
 
     async def _anchor(self) -> tuple[Version, list[UpdatePart]]:
         """All weights, between two steps."""
@@ -137,15 +167,10 @@ class LearnerLoop:
             line = Line(self._run, version, version, True)
             return version, await asyncio.to_thread(anchor_parts, self._engine.all_pieces(), line, part_bytes)
 
-    async def _checkpoint(self, version: Version) -> pathlib.Path:
-        directory = checkpoint_directory(self._recipe, version)
-        await asyncio.to_thread(self._engine.save_checkpoint, directory, version, self._run)
-        await self._session.request(Committed(step=version), Done)
-        return directory
 
-
-def log_line(lease: Lease, outcome: str) -> dict[str, Any]:
-    """A step taken, for learner.jsonl: who was trained on, one group and member for each trajectory."""
+def log_line(lease: Lease, outcome: str, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """A step taken, for learner.jsonl: who was trained on, one group and member for each trajectory, and what a replay
+    must come to."""
     return {
         "history": lease.step.history,
         "step": lease.step.step,
@@ -153,49 +178,29 @@ def log_line(lease: Lease, outcome: str) -> dict[str, Any]:
         "groups": lease.groups.tolist(),
         "members": lease.members.tolist(),
         "trained_tokens": int(lease.trainable.sum()) if outcome == "trained" else 0,
+        "loss": metrics.get("loss"),
+        "gradient_norm": metrics.get("gradient_norm"),
         "wall": time.time(),
     }
 
 
-def append_lines(path: pathlib.Path) -> JsonLines:
-    """Go on with a log: what a killed learner left of a line stays a line of its own."""
-    with path.open("ab+") as file:
-        if size := file.tell():
-            file.seek(size - 1)
-            if file.read() != b"\n":
-                file.write(b"\n")
-    return JsonLines(path)
-
-
-def checkpoint_directory(recipe: config.Recipe, version: Version) -> pathlib.Path:
-    """Where the checkpoint of a version lies: the last step's is `final`."""
-    name = "final" if version.step == recipe.run.steps else resume.directory_name(version.step)
-    return recipe.run_directory / "checkpoints" / name
-
-
-def recover(engine: MegatronLearner, checkpoints: pathlib.Path, run: str) -> Version | None:
-    """Make `engine` what the newest whole checkpoint holds; its version, None if there is none."""
-    sweep(checkpoints)
-    for directory in resume.newest_first(checkpoints, run):
-        try:
-            version = engine.load_checkpoint(directory)
-        except WeightsError as error:
-            log.error("%s; trying the one before it", error)
-        else:
-            log.info("going on from %s, version %s", directory, version)
-            return version
-    log.warning("no checkpoint to go on from in %s; beginning again", checkpoints)
-    return None
-
-
 async def main(options: argparse.Namespace) -> None:
-    recipe, incarnation = config.load(options.recipe), options.incarnation
+    recipe = config.load(options.recipe)
     engine = await asyncio.to_thread(MegatronLearner, recipe.model.path, recipe.learner, recipe.run.seed)
+    beside = await asyncio.to_thread(models_beside, recipe)
+    with together(recipe, engine, beside) as leading:
+        if leading is not None:
+            await lead(options, recipe, *leading)
+
+
+async def lead(options: argparse.Namespace, recipe: config.Recipe, engine: MegatronLearner, beside: Beside) -> None:
+    """Of the learner's processes the one that talks to the queue and the publisher."""
+    incarnation = options.incarnation
     await asyncio.to_thread(payload.prepare)
     saved = None
     if incarnation > 1:
         checkpoints = recipe.run_directory / "checkpoints"
-        saved = await asyncio.to_thread(recover, engine, checkpoints, options.run_id)
+        saved = await asyncio.to_thread(recover, engine, checkpoints, options.run_id, beside)
     async with (
         Dealer.connect(options.queue, f"{NAME}@{incarnation}") as queue,
         Dealer.connect(options.publisher, f"{NAME}@{incarnation}") as publisher,
@@ -205,7 +210,7 @@ async def main(options: argparse.Namespace) -> None:
         welcome = await session.start()
         history = welcome.version.history + 1 if incarnation > 1 else 0
         first = Version(history, saved.step if saved else 0)
-        loop = LearnerLoop(recipe, options.run_id, session, publisher, engine, first, saved is not None)
+        loop = LearnerLoop(recipe, options.run_id, session, publisher, engine, first, saved is not None, beside)
         runtime.report_ready(options.ready_fd)
         await runtime.supervise(
             session=session.run(), listen=loop.listen(), train=loop.train(), publish=loop.hand_over.run()

@@ -74,7 +74,7 @@ def run(recipe: config.Recipe, output: pathlib.Path) -> None:
         metrics = engine.train_step(made, cross_entropy)
         tokens += len(made.token_ids)
         now = time.perf_counter()
-        if step == warm.steps or now - reported > REPORT_SECONDS:
+        if engine.world.peers.rank == 0 and (step == warm.steps or now - reported > REPORT_SECONDS):
             reported = now
             rate = tokens / (now - started)
             line = {"step": step, "steps": warm.steps, "loss": metrics["loss"], "tokens_per_second": rate}

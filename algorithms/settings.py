@@ -6,6 +6,8 @@ Imports no torch: the command's own checks start with it.
 from stream_rl.config import Algorithm
 from stream_rl.errors import ConfigError
 
+GROUP_RELATIVE = ("grpo", "centered", "rloo", "reinforce_plus_plus_baseline")
+"""The estimators that compare the members of a group."""
 DISCOUNTED = ("reinforce_plus_plus", "gae")
 """The estimators that `gamma` is for."""
 MASK_NAMES = ("token", "sequence", "geometric", "veto")

@@ -290,12 +290,7 @@ async def main(options: argparse.Namespace) -> None:
     recipe = config.load(options.recipe)
     check(recipe.queue, recipe.rollout)
     sys.setswitchinterval(SWITCH_SECONDS)
-    settings = Settings(
-        run=options.run_id,
-        queue=recipe.queue,
-        max_new_tokens=recipe.rollout.max_new_tokens,
-        silence_s=recipe.supervise.silence_timeout_s,
-    )
+    settings = Settings.of(recipe, options.run_id)
     directory = recipe.run_directory
     with Journal.open(
         options.journal or directory / "journal.db",

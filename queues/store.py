@@ -8,8 +8,10 @@ whatever order these arrive.  A group is ready when every member is complete or 
 dropped ones while two are left to compare.  How a member survives the loss of its engine is in `queues.resuming`.
 """
 
+import dataclasses
 from collections import Counter, deque
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -24,9 +26,11 @@ from queues.tallies import Tallies, count_name
 from queues.trajectories import Group, Trajectory
 from queues.versions import Histories
 from stream_rl import messages as m
-from stream_rl.config import Queue
+from stream_rl.config import Queue, Recipe
 from stream_rl.types import Finish, Status, make_rid
 
+OF_THE_PROCESS = ("lease_timeout_s", "commit_seconds", "fsync", "snapshot_bytes", "keep_journal")
+"""Keys of [queue] that decide nothing in here."""
 MAX_MEMBERS = 4096
 MAX_TASK = 1024
 INTERRUPTED = "interrupted"
@@ -41,6 +45,18 @@ class Settings:
     """A peer without a sign of life for this long is lost."""
     keep_retired: int = 4096
     """Groups remembered after their end, so that late rows and closes are told from unknown ones."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, run: str) -> "Settings":
+        """Those of a run.  What only the queue's process reads is as it is by default: a journal is bound to its
+        settings, and a run may go on under another deadline or disk."""
+        defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Queue) if f.name in OF_THE_PROCESS}
+        return cls(
+            run=run,
+            queue=dataclasses.replace(recipe.queue, **defaults),
+            max_new_tokens=recipe.rollout.max_new_tokens,
+            silence_s=recipe.supervise.silence_timeout_s,
+        )
 
 
 class Store:

@@ -1,5 +1,6 @@
 """The console script `stream-rl`."""
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -8,11 +9,12 @@ from typing import Any
 import click
 
 from scripts.bench.cli import bench
+from scripts.learner_cli import learner
 from scripts.queue_cli import queue
 from scripts.simulation.cli import simulate
 from scripts.weights_cli import weights
 from stream_rl import config
-from stream_rl.errors import StreamRLError
+from stream_rl.errors import ConfigError, StreamRLError
 
 HEADLINES = (
     "steps", "reward_first", "reward_last", "heldout_first", "heldout_last", "generated_tokens", "trained_tokens",
@@ -29,18 +31,47 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("recipe", type=click.Path(exists=True, dir_okay=False))
+@click.argument("recipe", type=click.Path(exists=True, path_type=pathlib.Path))
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
-def train(recipe: str, overrides: tuple[str, ...]) -> None:
-    """Train by a RECIPE (a TOML file), with any of its keys overridden."""
+@click.option("--resume", is_flag=True, help="Go on with the run in the recipe's directory, from its last checkpoint.")
+@click.option("--rollout-only", is_flag=True, help="Keep the leases in the run's directory and train on none of them.")
+@click.option(
+    "--train-only",
+    "leases",
+    type=click.Path(exists=True, file_okay=False, path_type=pathlib.Path),
+    metavar="LEASES",
+    help="Train on the leases in this directory, or in this run's, without engines.",
+)
+def train(
+    recipe: pathlib.Path, overrides: tuple[str, ...], resume: bool, rollout_only: bool, leases: pathlib.Path | None
+) -> None:
+    """Train by a RECIPE (a TOML file, or a run's directory for the recipe there), with any of its keys overridden."""
+    if leases is not None and (resume or rollout_only):
+        raise click.UsageError("--train-only goes with neither --resume nor --rollout-only")
+    loaded = config.load(recipe / "recipe.toml" if recipe.is_dir() else recipe, overrides)
+    if recipe.is_dir() and loaded.run_directory.resolve() != recipe.resolve():
+        raise ConfigError(
+            f"the recipe in {recipe} is of the run directory {loaded.run_directory}, from here: move it there, or give "
+            "run.directory and run.name"
+        )
+    if rollout_only:
+        loaded = dataclasses.replace(loaded, learner=dataclasses.replace(loaded.learner, leases="only_record"))
+    if leases is not None:
+        from scripts.learner_cli import train_only
+
+        train_only(loaded, leases)
+        return
+    from scripts import runs
     from scripts.train import train as run
 
-    loaded = config.load(recipe, overrides)
-    summary = run(loaded)
+    if resume and (summary := runs.summary_of(loaded.run_directory)) is not None:
+        click.echo(f"{loaded.run_directory} has come to its end; there is nothing to go on with.")
+    else:
+        summary = run(loaded, resume)
     _print_summary(loaded, summary)
 
 
-for command in (queue, simulate, bench, weights):
+for command in (queue, learner, simulate, bench, weights):
     cli.add_command(command)
 
 
@@ -52,14 +83,15 @@ def model() -> None:
 @model.command()
 @click.argument("directory", type=click.Path(path_type=pathlib.Path))
 @click.option("--seed", default=0, show_default=True)
-def tiny(directory: pathlib.Path, seed: int) -> None:
+@click.option("--architecture", default="Qwen3ForCausalLM", show_default=True)
+def tiny(directory: pathlib.Path, seed: int, architecture: str) -> None:
     """Make the quick start's model and tokenizer in DIRECTORY, with random weights; keep one that is there."""
     from scripts import tiny_model
 
     if (directory / "model.safetensors").exists():
         click.echo(f"{directory} is there already")
         return
-    tiny_model.create(directory, seed=seed)
+    tiny_model.create(directory, seed=seed, architecture=architecture)
     click.echo(f"made {directory}")
 
 

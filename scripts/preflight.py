@@ -8,9 +8,10 @@ from tokenizers import Tokenizer
 
 from algorithms import settings
 from engines.megatron.model_shape import ModelShape, read_model_shape
+from engines.megatron.parallel_sizes import check_division, check_processes
 from engines.sglang.client import check_sampling
 from queues import admission
-from stream_rl.config import Recipe, Supervise
+from stream_rl.config import Critic, Recipe, Reference, Supervise, Teacher
 from stream_rl.errors import ConfigError, TaskError, WireError
 from stream_rl.plain import pack
 from stream_rl.task import Prompt, load_task
@@ -39,7 +40,11 @@ def check(recipe: Recipe) -> None:
     _check_numbers(recipe)
     _check_supervise(recipe.supervise)
     _check_sglang(recipe)
-    _check_prompts(recipe, shape, _tokenizer(recipe, shape))
+    check_processes(recipe.learner.model, recipe.learner.processes)
+    check_division(shape, recipe.learner.model)
+    tokenizer = _tokenizer(recipe, shape)
+    _check_models_beside(recipe, shape, tokenizer)
+    _check_prompts(recipe, shape, tokenizer)
 
 
 def _tokenizer(recipe: Recipe, shape: ModelShape) -> Tokenizer:
@@ -67,15 +72,19 @@ def _check_numbers(recipe: Recipe) -> None:
         )
     for name, value, least in (
         ("run.steps", recipe.run.steps, 1),
-        ("rollout.group_size", rollout.group_size, 2),
+        ("rollout.group_size", rollout.group_size, 1),
         ("rollout.heldout_prompts", rollout.heldout_prompts, 0),
         ("rollout.heldout_concurrency", rollout.heldout_concurrency, 1),
         ("rollout.reward_processes", rollout.reward_processes, 1),
         ("rollout.reward_timeout_s", rollout.reward_timeout_s, 0.001),
         ("rollout.request_timeout_s", rollout.request_timeout_s, 0.001),
         ("learner.micro_batch_tokens", recipe.learner.micro_batch_tokens, 1),
+        ("learner.max_sequence_tokens", recipe.learner.max_sequence_tokens, 0),
+        ("learner.processes", recipe.learner.processes, 1),
         ("learner.threads", recipe.learner.threads, 1),
         ("learner.checkpoint_every", recipe.learner.checkpoint_every, 0),
+        ("learner.capsules", recipe.learner.capsules, 0),
+        ("learner.peak_flops", recipe.learner.peak_flops, 0),
         ("warm_start.steps", recipe.warm_start.steps, 0),
         ("warm_start.sequences", recipe.warm_start.sequences, 1),
         ("weights.part_bytes", recipe.weights.part_bytes, 1),
@@ -99,11 +108,53 @@ def _check_numbers(recipe: Recipe) -> None:
         if value < least:
             raise ConfigError(f"{name} must be at least {least}, got {value}")
     settings.check(recipe.algorithm)
-    for name, needs in (("gae", "critic"), ("distillation", "teacher")):
-        if recipe.algorithm.advantage == name:
-            raise ConfigError(f'algorithm.advantage = "{name}" needs a {needs}, which the learner does not have yet')
-    if recipe.algorithm.kl_coefficient:
-        raise ConfigError("algorithm.kl_coefficient must be 0: the learner has no reference policy yet")
+    compares = recipe.algorithm.advantage in settings.GROUP_RELATIVE or recipe.queue.filter == "equal_rewards"
+    if compares and rollout.group_size < 2:
+        raise ConfigError(
+            f"rollout.group_size must be at least 2, got {rollout.group_size}: algorithm.advantage = "
+            f'"{recipe.algorithm.advantage}" with queue.filter = "{recipe.queue.filter}" compares members of a group'
+        )
+
+
+def _check_models_beside(recipe: Recipe, shape: ModelShape, tokenizer: Tokenizer) -> None:
+    """Reference, teacher and critic: those that are asked are there and know the policy's tokens."""
+    algorithm = recipe.algorithm
+    sections: list[tuple[str, Reference | Teacher | Critic, bool, str]] = [
+        ("reference", recipe.reference, algorithm.kl_coefficient > 0.0, "algorithm.kl_coefficient above 0"),
+        ("teacher", recipe.teacher, algorithm.advantage == "distillation", 'algorithm.advantage = "distillation"'),
+        ("critic", recipe.critic, algorithm.advantage == "gae", 'algorithm.advantage = "gae"'),
+    ]
+    for name, section, asked, who in sections:
+        if not asked:
+            if section != type(section)():
+                raise ConfigError(f"[{name}] is only for {who}; leave it out")
+            continue
+        if not section.path:
+            if name == "teacher":
+                raise ConfigError(f"{who} needs teacher.path, a Hugging Face directory; set it")
+            continue
+        theirs = read_model_shape(section.path)
+        if theirs.vocab_size < shape.vocab_size or _vocabulary(section.path) not in (None, tokenizer.get_vocab()):
+            raise ConfigError(
+                f"{name}.path = {section.path} must have the policy's vocabulary, token for token: the same ids mean "
+                f"other words there, or it has fewer ({theirs.vocab_size}) than the policy's {shape.vocab_size}"
+            )
+        longest = min(recipe.sglang.get("context_length", shape.max_positions), shape.max_positions)
+        if theirs.max_positions < longest:
+            raise ConfigError(
+                f"{name}.path = {section.path} has {theirs.max_positions} positions, trajectories may have {longest}; "
+                "set sglang.context_length"
+            )
+
+
+def _vocabulary(path: str) -> dict[str, int] | None:
+    """Of the tokenizer beside a model; None if there is none, as then nothing can differ."""
+    file = pathlib.Path(path) / "tokenizer.json"
+    try:
+        vocabulary: dict[str, int] | None = Tokenizer.from_file(str(file)).get_vocab() if file.is_file() else None
+    except Exception as error:  # the library raises bare Exceptions
+        raise ConfigError(f"{file} is no tokenizer: {error}") from error
+    return vocabulary
 
 
 def _check_supervise(supervise: Supervise) -> None:

@@ -17,12 +17,15 @@ LOG_TAIL_LINES = 20
 
 
 class ProcessDied(StreamRLError):
-    """A process of the run ended by itself or never came up.  `what` is the short of it, `detail` has the log's end."""
+    """A process of the run ended by itself or never came up.  `what` is the short of it, `detail` has the log's end or
+    the process's own last word."""
 
-    def __init__(self, what: str, detail: str) -> None:
-        super().__init__(what, detail)
+    def __init__(self, what: str, detail: str, code: int | None = None) -> None:
+        super().__init__(what, detail, code)
         self.what = what
         self.detail = detail
+        self.code = code
+        """Its exit status, if it refused."""
 
     def __str__(self) -> str:
         return self.detail
@@ -72,7 +75,7 @@ class Child:
             raise self.died(f"was not up after {timeout:.0f} s") from None
         if not line:
             code = await self._process.wait()
-            raise self._refusal(code) or self.died(f"ended with status {code} while starting")
+            raise self.refusal(code, " while starting")
         fields: dict[str, Any] = json.loads(line)
         return fields
 
@@ -83,7 +86,7 @@ class Child:
     async def succeed(self) -> None:
         """Wait for the end.  Raises ProcessDied if the status is not 0."""
         if code := await self._process.wait():
-            raise self._refusal(code) or self.died(f"ended with status {code}")
+            raise self.refusal(code)
 
     def kill(self) -> None:
         """SIGKILL for the process, unless it has ended, and for whatever is in its process group."""
@@ -109,8 +112,10 @@ class Child:
         tail = "\n".join(f"    {line}" for line in lines) or "    (empty)"
         return ProcessDied(f"{self.name} {what}", f"{self.name} {what}; the end of {self.log}:\n{tail}")
 
-    def _refusal(self, code: int) -> ProcessDied | None:
-        """The one line with which our processes refuse a recipe; None if the process ended in another way."""
+    def refusal(self, code: int, when: str = "") -> ProcessDied:
+        """The error of an end with this status: the one line with which our processes refuse, or the log's end."""
+        what = f"ended with status {code}{when}"
         last = next(reversed(self.log.read_text(errors="replace").splitlines()), "")
-        refused = code == 1 and last.startswith(f"{self.name}: ")
-        return ProcessDied(f"{self.name} ended with status {code} while starting", last) if refused else None
+        if code in (1, runtime.NOT_AGAIN) and last.startswith(f"{self.name}: "):
+            return ProcessDied(f"{self.name} {what}", last, code)
+        return self.died(what)

@@ -176,12 +176,7 @@ def _recover(place: Place) -> View:
             "start the run again with `stream-rl train RECIPE`"
         )
     recipe = config.load(place.directory / "recipe.toml")
-    settings = Settings(
-        run=place.run,
-        queue=recipe.queue,
-        max_new_tokens=recipe.rollout.max_new_tokens,
-        silence_s=recipe.supervise.silence_timeout_s,
-    )
+    settings = Settings.of(recipe, place.run)
     files = [file.stat() for file in (place.journal, place.journal.with_name("journal.db-wal")) if file.is_file()]
     written = max(file.st_mtime for file in files if file.st_size)  # whoever reads may leave an empty log behind
     with Journal.inspect(place.journal) as journal:

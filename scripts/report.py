@@ -56,11 +56,12 @@ def plot(directory: pathlib.Path) -> pathlib.Path:
         rate.plot([b[0] for a, b in pairs], [(b[1] - a[1]) / max(b[0] - a[0], 1e-9) for a, b in pairs], label=label)
     rate.set(ylabel="tokens / s", xlabel="seconds since the start", ylim=(0, None))
     rate.legend(loc="lower right")
-    for restart in kinds["restart"]:
+    for start in [*kinds["restart"], *kinds["resume"]]:
         for panel in (reward, age, rate):
-            panel.axvline(restart["wall_s"], color="gray", linewidth=0.8, linestyle=":")
+            panel.axvline(start["wall_s"], color="gray", linewidth=0.8, linestyle=":")
         words = {"rotation": 90, "va": "top", "fontsize": 7, "color": "gray"}
-        reward.text(restart["wall_s"], 0.98, restart["name"], transform=reward.get_xaxis_transform(), **words)
+        of = start.get("name", "resumed")
+        reward.text(start["wall_s"], 0.98, of, transform=reward.get_xaxis_transform(), **words)
     path = directory / "report.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -9,11 +9,11 @@ import asyncio
 import pathlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from scripts.processes import Child, ProcessDied
-from stream_rl import config
+from stream_rl import config, runtime
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,8 +72,11 @@ class Kept:
         supervise: config.Supervise,
         start_timeout_s: float,
         say: Callable[[Restart], None],
+        before: int,
     ) -> None:
-        self.program, self.incarnation, self.address = program, 0, ""
+        """before: its incarnations in the run's former lives."""
+        self.program, self.incarnation, self.address = program, before, ""
+        self._before = before
         self._arguments, self._log = arguments, log
         self._supervise, self._start_timeout_s, self._say = supervise, start_timeout_s, say
         self._allowance = Allowance(supervise.max_restarts, supervise.restart_window_s)
@@ -81,9 +84,14 @@ class Kept:
         self._up = asyncio.Event()
         self._verdict = ""
 
+    @property
+    def restarts(self) -> int:
+        """How many times it was started again."""
+        return max(0, self.incarnation - self._before - 1)
+
     async def keep(self) -> None:
         """Consumes: nothing.  Waits for: the end of the process.  Produces: its next incarnation.  Unblocked by: the
-        process, or `lost`.  Raises ProcessDied when it may not be started again."""
+        process, or `lost`.  Raises ProcessDied when it may not or need not be started again."""
         died: ProcessDied | None = None
         while True:
             restart = self._restart(died) if died else None
@@ -120,15 +128,17 @@ class Kept:
 
     async def _live(self, child: Child) -> ProcessDied:
         """One incarnation from its start to its end: how it ended.  Nothing of it is left.  Raises ProcessDied if it
-        is the first and never came up."""
+        is the first and never came up, or if it said that another would end in the same way."""
         try:
             fields = await child.ready(self._start_timeout_s)
             self.address = fields.get("address", "")
             self._up.set()
             code = await child.end()
+            if code == runtime.NOT_AGAIN:
+                raise child.refusal(code)
             died = child.died(self._verdict or f"ended with status {code}")
         except ProcessDied as failure:
-            if self.incarnation == 1:
+            if self.incarnation == self._before + 1 or failure.code == runtime.NOT_AGAIN:
                 raise
             died = failure
         finally:
@@ -172,6 +182,11 @@ class Processes:
         self._kept: dict[str, Kept] = {}
         self._keeping: dict[str, asyncio.Task[None]] = {}
         self._passing: list[Child] = []
+        self._before: Mapping[str, int] = {}
+
+    def follow(self, incarnations: Mapping[str, int]) -> None:
+        """Start the processes of these peers as later incarnations than they had, since the queue knows those."""
+        self._before = dict(incarnations)
 
     async def start(self, group: asyncio.TaskGroup, programs: Iterable[Program]) -> None:
         """Start these at the same time, and wait until each has been up.  One that fails ends the group."""
@@ -207,7 +222,7 @@ class Processes:
     @property
     def restarts(self) -> dict[str, int]:
         """How many times each process was started again, if it was."""
-        return {name: kept.incarnation - 1 for name, kept in self._kept.items() if kept.incarnation > 1}
+        return {name: kept.restarts for name, kept in self._kept.items() if kept.restarts}
 
     async def stop(self) -> None:
         """End what has been released: those that ask first, those that answer last."""
@@ -221,7 +236,8 @@ class Processes:
 
     def _keep(self, group: asyncio.TaskGroup, program: Program) -> Kept:
         log = self._logs / f"{program.name}.log"
-        kept = Kept(program, self._words(program), log, self._supervise, self._start_timeout_s, self._say)
+        before = self._before.get(program.peer, 0)
+        kept = Kept(program, self._words(program), log, self._supervise, self._start_timeout_s, self._say, before)
         self._kept[program.name] = kept
         self._keeping[program.name] = group.create_task(kept.keep(), name=f"keep {program.name}")
         return kept

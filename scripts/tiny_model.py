@@ -1,4 +1,4 @@
-"""A small Qwen3 with random weights and a byte-level tokenizer, made on the spot.
+"""A small model with random weights and a byte-level tokenizer, made on the spot.
 
 The tokenizer has one token per byte and two special ones, so any text round-trips; transformers' AutoTokenizer and
 AutoModelForCausalLM load the directory as it is.
@@ -13,12 +13,15 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from engines.megatron.model_shape import expected_shapes, read_model_shape
+
 PAD, EOS = "<pad>", "<eos>"
 
 
 def create(
     directory: str | pathlib.Path,
     *,
+    architecture: str = "Qwen3ForCausalLM",
     seed: int = 0,
     hidden: int = 128,
     intermediate: int = 352,
@@ -32,15 +35,15 @@ def create(
 ) -> None:
     """Write config.json, generation_config.json, model.safetensors, tokenizer.json and tokenizer_config.json.
 
-    The same arguments give the same bytes.
+    architecture: one of engines.megatron.model_shape.FAMILIES.  The same arguments give the same bytes.
     """
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer()
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.token_to_id(EOS), "pad_token_id": tokenizer.token_to_id(PAD)}
     config = {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
+        "architectures": [architecture],
+        "model_type": architecture.removesuffix("ForCausalLM").lower(),
         "vocab_size": tokenizer.get_vocab_size(),
         "hidden_size": hidden,
         "intermediate_size": intermediate,
@@ -73,32 +76,16 @@ def create(
             "model_max_length": max_positions,
         },
     )
-    save_file(_weights(config, np.random.default_rng(seed), std), directory / "model.safetensors", {"format": "pt"})
+    save_file(_weights(directory, np.random.default_rng(seed), std), directory / "model.safetensors", {"format": "pt"})
 
 
-def _weights(config: dict[str, Any], rng: np.random.Generator, std: float) -> dict[str, npt.NDArray[np.float32]]:
-    hidden, intermediate, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    queries, keys = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
-    for i in range(config["num_hidden_layers"]):
-        layer = f"model.layers.{i}"
-        shapes |= {
-            f"{layer}.input_layernorm.weight": (hidden,),
-            f"{layer}.self_attn.q_proj.weight": (queries, hidden),
-            f"{layer}.self_attn.k_proj.weight": (keys, hidden),
-            f"{layer}.self_attn.v_proj.weight": (keys, hidden),
-            f"{layer}.self_attn.q_norm.weight": (head_dim,),
-            f"{layer}.self_attn.k_norm.weight": (head_dim,),
-            f"{layer}.self_attn.o_proj.weight": (hidden, queries),
-            f"{layer}.post_attention_layernorm.weight": (hidden,),
-            f"{layer}.mlp.gate_proj.weight": (intermediate, hidden),
-            f"{layer}.mlp.up_proj.weight": (intermediate, hidden),
-            f"{layer}.mlp.down_proj.weight": (hidden, intermediate),
-        }
-    shapes["model.norm.weight"] = (hidden,)
+def _weights(directory: pathlib.Path, rng: np.random.Generator, std: float) -> dict[str, npt.NDArray[np.float32]]:
+    """Norms 1, biases 0."""
     return {
-        name: np.ones(shape, np.float32) if len(shape) == 1 else rng.normal(0, std, shape).astype(np.float32)
-        for name, shape in shapes.items()
+        name: rng.normal(0, std, shape).astype(np.float32)
+        if len(shape) > 1
+        else np.full(shape, not name.endswith(".bias"), np.float32)
+        for name, shape in expected_shapes(read_model_shape(directory)).items()
     }
 
 

@@ -8,25 +8,27 @@ name and the end of its log.
 
 import asyncio
 import dataclasses
+import functools
 import hashlib
-import json
 import os
 import pathlib
-import secrets
 import signal
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scripts import preflight
+from scripts import preflight, runs
 from scripts.progress import Dashboard
 from scripts.report import plot
+from scripts.runs import Run
 from scripts.supervisor import Processes, Program, Restart
 from stream_rl import config
 from stream_rl.errors import PeerTimeout, StreamRLError
-from stream_rl.messages import Hello, Refused, Shutdown, Status, StepRecord, StockReport, VersionReport
-from stream_rl.metrics import JsonLines, finite, unflatten
+from stream_rl.messages import Hello, Refused, Shutdown, Status, StatusRequest, StepRecord, StockReport, VersionReport
+from stream_rl.metrics import JsonLines, finite, read_lines, unflatten
 from stream_rl.session import Session
 from stream_rl.task import task_file
 from stream_rl.transport import Dealer
@@ -51,8 +53,9 @@ def stages(recipe: config.Recipe) -> list[Stage]:
     publisher = Program(
         name="publisher", module="engines.weights.publisher", links=("queue",), keeps_address=True, peer="publisher-0"
     )
-    learner = Program(
-        name="learner", module="actors.learner", links=links, peer="learner-0", threads=recipe.learner.threads
+    learner = of_learner(
+        recipe,
+        Program(name="learner", module="actors.learner", links=links, peer="learner-0", threads=recipe.learner.threads),
     )
     engines = [
         Program(
@@ -72,59 +75,59 @@ def stages(recipe: config.Recipe) -> list[Stage]:
     ]  # fmt: skip
 
 
-def train(recipe: config.Recipe) -> dict[str, Any]:
-    """Run a recipe to its end; the summary.  Raises StreamRLError naming what is wrong or what died, KeyboardInterrupt
-    after a clean stop by Ctrl-C."""
+def of_learner(recipe: config.Recipe, program: Program) -> Program:
+    """`program` in as many processes as the learner has, started by torchrun."""
+    processes = recipe.learner.processes
+    if processes == 1:
+        return program
+    words = ("--processes", str(processes), "--module", program.module)
+    return dataclasses.replace(program, module="engines.megatron.launch", arguments=(*program.arguments, *words))
+
+
+def train(recipe: config.Recipe, resume: bool = False) -> dict[str, Any]:
+    """Run a recipe to its end, from its beginning or from where its run was left; the summary.
+
+    Raises StreamRLError naming what is wrong or what died, KeyboardInterrupt after a clean stop by Ctrl-C.
+    """
     preflight.check(recipe)
-    directory = fresh_directory(recipe.run_directory)
-    summary = supervise(recipe, directory, stages)
-    (directory / "summary.json").write_text(json.dumps(finite(summary), indent=2) + "\n")
-    plot(directory)
+    run = runs.resume(recipe) if resume else runs.begin(recipe, functools.partial(print, file=sys.stderr))
+    try:
+        summary = supervise(run, stages)
+    except (StreamRLError, KeyboardInterrupt):
+        if any(read_lines(run.directory / "learner.jsonl")):  # a step was taken
+            print(f"go on with: stream-rl train {run.directory} --resume", file=sys.stderr)
+        raise
+    run.write_summary(finite(summary))
+    plot(run.directory)
     return summary
 
 
-def supervise(
-    recipe: config.Recipe, directory: pathlib.Path, table: Callable[[config.Recipe], Sequence[Stage]]
-) -> dict[str, Any]:
+def supervise(run: Run, table: Callable[[config.Recipe], Sequence[Stage]]) -> dict[str, Any]:
     """Run the processes of `table` until the queue says that the run has finished; the summary."""
+    recipe = run.recipe
     with Dashboard(recipe.run.name, recipe.run.steps, recipe.supervise.plain_progress_s) as dashboard:
         try:
-            return asyncio.run(_Run(recipe, directory, dashboard, table).run())
+            return asyncio.run(_Run(run, dashboard, table).run())
         except asyncio.CancelledError:  # SIGTERM
             raise KeyboardInterrupt from None
 
 
-def fresh_directory(directory: pathlib.Path) -> pathlib.Path:
-    """An empty run directory; an earlier run of that name is kept beside it, under a number."""
-    if directory.exists():
-        number = next(n for n in range(1, 1 << 30) if not directory.with_name(f"{directory.name}.{n}").exists())
-        directory.rename(directory.with_name(f"{directory.name}.{number}"))
-    for name in ("logs", "checkpoints"):
-        (directory / name).mkdir(parents=True)
-    return directory
-
-
 class _Run:
-    """One run, from the first process to the last."""
+    """One life of a run, from the first process to the last."""
 
-    def __init__(
-        self,
-        recipe: config.Recipe,
-        directory: pathlib.Path,
-        dashboard: Dashboard,
-        table: Callable[[config.Recipe], Sequence[Stage]],
-    ) -> None:
-        self._recipe, self._directory, self._dashboard, self._table = recipe, directory, dashboard, table
-        self._run_id = f"{recipe.run.name}-{secrets.token_hex(4)}"
+    def __init__(self, run: Run, dashboard: Dashboard, table: Callable[[config.Recipe], Sequence[Stage]]) -> None:
+        recipe, directory = run.recipe, run.directory
+        self._run, self._recipe, self._directory = run, recipe, directory
+        self._dashboard, self._table = dashboard, table
         self._processes = Processes(
-            (str(directory / "recipe.toml"), "--run-id", self._run_id),
+            (str(directory / "recipe.toml"), "--run-id", run.id),
             directory / "logs",
             recipe.supervise,
             recipe.engine.start_timeout_s,
             self._restarted,
         )
         self._metrics = JsonLines(directory / "metrics.jsonl")
-        self._began = time.monotonic()
+        self._began = time.monotonic() - run.seconds
         self._status: dict[str, Any] = {}
         self._reward: float | None = None
         self._signs, self._moved = "", 0.0
@@ -147,28 +150,46 @@ class _Run:
                 self._metrics.close()
 
     async def _supervise(self) -> dict[str, Any]:
-        config.dump(self._recipe, self._directory / "recipe.toml")
+        if self._run.lives:
+            self._record("resume", {"number": self._run.lives})
         if not set(self._recipe.sglang) <= preflight.SGLANG_FAMILIAR:
             await self._check_sglang()
-        if self._recipe.warm_start.steps:
+        if self._recipe.warm_start.steps and self._recipe.model.path == self._run.model:
             self._recipe = await self._warm_start()
-            config.dump(self._recipe, self._directory / "recipe.toml")
+            dataclasses.replace(self._run, recipe=self._recipe).write_recipe()
         first, *others = self._table(self._recipe)
         async with asyncio.TaskGroup() as keeping:
             await self._start(keeping, [first])
             name = f"observer-{os.getpid()}"
-            hello = Hello(run=self._run_id, role="observer", name=name, incarnation=1, pid=os.getpid())
+            hello = Hello(run=self._run.id, role="observer", name=name, incarnation=1, pid=os.getpid())
             address = self._processes["queue"].address
             async with Dealer.connect(address, f"{name}@1") as dealer, asyncio.TaskGroup() as talking:
                 session = Session(dealer, hello, self._recipe.supervise)
                 await session.start()
                 conversation = talking.create_task(session.run(), name="session")
+                if self._run.lives and await self._catch_up(session):
+                    others = []
                 starting = keeping.create_task(self._start(keeping, others), name="start")
                 summary = await self._observe(session, starting)
                 conversation.cancel()
             starting.cancel()
             self._processes.release()
         return summary
+
+    async def _catch_up(self, session: Session) -> bool:
+        """Learn from the queue what the run's former lives came to; whether nothing is left to do but to close the
+        books."""
+        status = await session.request(StatusRequest(), Status)
+        told = unflatten(status.fields, status.texts)
+        self._processes.follow({name: peer["incarnation"] for name, peer in told.get("peers", {}).items()})
+        version, taken = told["queue"]["version"], told["queue"]["version_step"]
+        if status.texts.get("weights_hash_learner") and taken < self._recipe.run.steps:
+            raise StreamRLError(
+                f"run.steps can be raised until a run has taken its last step: this one has taken all {taken} and only "
+                f"its end is left; go on with run.steps={taken}"
+            )
+        self._dashboard.note(f"going on with {self._run.id} from version {version}")
+        return status.finished
 
     async def _start(self, keeping: asyncio.TaskGroup, table: Sequence[Stage]) -> None:
         for stage in table:
@@ -250,7 +271,8 @@ class _Run:
 
     def _summary(self) -> dict[str, Any]:
         summary = {name: value for name, value in self._status.items() if name not in NOT_IN_SUMMARY}
-        of_us = {"restarts": self._processes.restarts, "wall_s": round(self._wall(), 1)}
+        restarts = dict(Counter(self._run.restarts) + Counter(self._processes.restarts))
+        of_us = {"restarts": restarts, "resumes": self._run.lives, "wall_s": round(self._wall(), 1)}
         return summary | {"journal_bytes": self._status.get("queue", {}).get("journal_bytes")} | of_us
 
     async def _check_sglang(self) -> None:
@@ -270,7 +292,7 @@ class _Run:
                 name="warm-start", module="actors.warm_start", arguments=("--output", str(output)),
                 threads=recipe.learner.threads,
             )  # fmt: skip
-            await self._processes.run_to_end(program)
+            await self._processes.run_to_end(of_learner(recipe, program))
         self._dashboard.phase(f"starting from {output}")
         return dataclasses.replace(recipe, model=config.Model(path=str(output)))
 

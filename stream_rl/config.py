@@ -146,8 +146,15 @@ class Algorithm:
 class Learner:
     micro_batch_tokens: int = 8192
     """Packed tokens of one forward-backward; one longer sequence goes alone."""
+    max_sequence_tokens: int = 0
+    """A longer sequence is an error.  0: as long as the model has positions."""
+    processes: int = 1
+    """Started by torchrun if there are several.  What model.tensor_model_parallel_size times
+    model.pipeline_model_parallel_size leaves of them is data-parallel."""
+    process_timeout_s: float = 600.0
+    """Longest that one of them waits for another."""
     threads: int = 1
-    """CPU threads of the learner process."""
+    """CPU threads of each learner process."""
     checkpoint_every: int = 20
     """Steps between checkpoints: a learner that is lost goes on from the last one.  The last two are kept.  0: only at
     the end, so that a lost learner begins again."""
@@ -157,6 +164,53 @@ class Learner:
     """megatron-core OptimizerConfig, under its own names: lr, weight_decay, adam_beta1, clip_grad, ..."""
     schedule: dict[str, Any] = field(default_factory=dict)
     """megatron-core OptimizerParamScheduler, under its own names: lr_warmup_steps, lr_decay_steps, ..."""
+    schedule_unit: Literal["steps", "tokens"] = "steps"
+    """What lr_warmup_steps and the like count: optimizer steps, or tokens trained."""
+    ddp: dict[str, Any] = field(default_factory=dict)
+    """megatron-core DistributedDataParallelConfig, under its own names: use_distributed_optimizer, ..."""
+    leases: Literal["train", "record", "only_record"] = "train"
+    """What becomes of a lease.  record: it is also kept under leases/ in the run's directory, so that the steps can be
+    taken again (`stream-rl learner replay`, `stream-rl train --train-only`); only_record: it is kept and not trained on
+    (`stream-rl train --rollout-only`)."""
+    max_skipped_steps: int = 10
+    """So many skipped steps in a row end the run.  0: they never do."""
+    capsules: int = 4
+    """Steps skipped for a loss or gradient that was not finite whose batch is kept, the newest; see
+    `stream-rl learner capsule`."""
+    peak_flops: float = 0.0
+    """Floating-point operations a second that one device can do, for the model FLOPs utilisation.  0: that of a known
+    GPU in bfloat16, and elsewhere none is reported."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """The policy that `algorithm.kl_coefficient` keeps near: frozen."""
+
+    path: str = ""
+    """A Hugging Face directory with the policy's vocabulary; empty: the weights that the run starts with."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Teacher:
+    """The policy that `advantage = "distillation"` learns from: frozen."""
+
+    path: str = ""
+    """A Hugging Face directory with the policy's vocabulary."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Critic:
+    """The value model of `advantage = "gae"`, trained on the same leases and devices as the policy."""
+
+    path: str = ""
+    """A Hugging Face directory with the policy's vocabulary; empty: the weights that the run starts with.  The output
+    layer is replaced by one value a token, which begins at 0."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """megatron-core TransformerConfig, under its own names; what is not here is as in [learner.model]."""
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    """megatron-core OptimizerConfig, under its own names; what is not here is as in [learner.optimizer]."""
+    schedule: dict[str, Any] = field(default_factory=dict)
+    """megatron-core OptimizerParamScheduler, under its own names."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -230,6 +284,9 @@ class Recipe:
     rollout: Rollout = field(default_factory=Rollout)
     algorithm: Algorithm = field(default_factory=Algorithm)
     learner: Learner = field(default_factory=Learner)
+    reference: Reference = field(default_factory=Reference)
+    teacher: Teacher = field(default_factory=Teacher)
+    critic: Critic = field(default_factory=Critic)
     warm_start: WarmStart = field(default_factory=WarmStart)
     weights: Weights = field(default_factory=Weights)
     engine: Engine = field(default_factory=Engine)

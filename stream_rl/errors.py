@@ -9,6 +9,10 @@ class StreamRLError(Exception):
     """Base of every error that this project raises on purpose."""
 
 
+class WouldOnlyRepeat(StreamRLError, RuntimeError):
+    """What a new start of the process would run into again: the run ends with it."""
+
+
 class ConfigError(StreamRLError, ValueError):
     """A recipe, a command line or a model folder cannot be used as it is."""
 

@@ -1,10 +1,11 @@
 """Numbers: mergeable histograms and JSON lines."""
 
+import contextlib
 import json
 import math
 import pathlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 BUCKETS_PER_OCTAVE = 16
@@ -62,9 +63,17 @@ def finite(tree: Any) -> Any:
 
 
 class JsonLines:
-    """Appends one JSON object a line; each line is flushed, so a reader may follow."""
+    """Appends one JSON object a line; each line is flushed, so a reader may follow.
+
+    What a killed process left of a line stays a line of its own: see `read_lines`.
+    """
 
     def __init__(self, path: pathlib.Path) -> None:
+        with path.open("ab+") as file:
+            if size := file.tell():
+                file.seek(size - 1)
+                if file.read() != b"\n":
+                    file.write(b"\n")
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -73,6 +82,16 @@ class JsonLines:
 
     def close(self) -> None:
         self._file.close()
+
+
+def read_lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines, in order; none if it is not there.  What is no whole line is passed over:
+    one that is being written, or that a crash cut off."""
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if line.endswith(b"\n") and isinstance(record, dict):
+                yield record
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, float], dict[str, str]]:

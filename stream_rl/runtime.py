@@ -18,13 +18,15 @@ from typing import Any
 
 import uvloop
 
-from stream_rl.errors import StreamRLError
+from stream_rl.errors import StreamRLError, WouldOnlyRepeat
 
 log = logging.getLogger(__name__)
 Main = Callable[[argparse.Namespace], Coroutine[Any, Any, None]]
 PARENT = "STREAM_RL_PARENT"
 """Environment variable with the starting process's pid; taken out at once, so that grandchildren do not inherit it."""
 _PR_SET_PDEATHSIG = 1
+NOT_AGAIN = 65
+"""Exit status of a process that need not be started again: it would end in the same way."""
 
 
 class Stopped(Exception):
@@ -53,10 +55,13 @@ def arguments(description: str | None, *links: str) -> argparse.ArgumentParser:
 def execute(
     name: str, main: Callable[[argparse.Namespace], Coroutine[Any, Any, None]], options: argparse.Namespace
 ) -> None:
-    """Run a process's `main`; what is wrong in our own words ends it with status 1 and one line."""
+    """Run a process's `main`; what is wrong in our own words ends it with one line and status 1, or NOT_AGAIN."""
     log_to_stderr(name)
     try:
         run(main(options))
+    except WouldOnlyRepeat as error:
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        sys.exit(NOT_AGAIN)
     except StreamRLError as error:
         sys.exit(f"{name}: {error}")
 

@@ -59,11 +59,26 @@ def _prepare(socket: "zmq.Socket[Any]") -> None:
     socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_ARRAY_BYTES)
 
 
+class _Context(zmq.Context[zmq.Socket[bytes]]):
+    """One that was never closed is leaked when it is collected: pyzmq would wait there, with the whole process, until
+    sockets are closed that are collected after it."""
+
+    def __del__(self) -> None:
+        pass
+
+
+class _AsyncContext(zmq.asyncio.Context):
+    """The same, of the running event loop."""
+
+    def __del__(self) -> None:
+        pass
+
+
 class _AsyncSocket:
     """A socket of the running event loop, and the context that it lives in."""
 
     def __init__(self, kind: int) -> None:
-        self._context = zmq.asyncio.Context()
+        self._context = _AsyncContext()
         self._socket = self._context.socket(kind)
         _prepare(self._socket)
         self.refused: Counter[str] = Counter()
@@ -215,7 +230,7 @@ class ThreadHub:
 
     def __init__(self) -> None:
         self._owner = threading.get_ident()
-        self._context = zmq.Context()
+        self._context = _Context()
         self._poller = zmq.Poller()
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
         self._wakeup = Wakeup()

@@ -96,3 +96,5 @@ class TrainingBatch:
     trainable tokens), so the loss of a step is the plain sum over its tokens, however it is cut."""
     temperature: float
     """Logits are divided by this before the softmax, as the engine did when it sampled."""
+    reference_logprobs: Float32Array | None = None
+    """[T] log-prob under the reference policy, for a KL in the loss; None: there is no such KL."""

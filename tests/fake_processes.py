@@ -77,13 +77,21 @@ class FakeQueue:
             await asyncio.sleep(STATUS_SECONDS)
             fields = {"steps": 3.0, "queue.trajectories.in_flight": float(not (self._directory / "closed").exists())}
             fields["received_tokens"] = asyncio.get_running_loop().time()
+            texts = {"queue.version": "0.2"}
+            fields |= {"queue.version_step": 2.0} | {
+                f"peers.{life['name']}-0.incarnation": float(life["incarnation"])
+                for life in lives(self._directory)
+                if life["name"] != "queue"
+            }
+            if (self._directory / "learner.done").exists():
+                texts["weights_hash_learner"] = "0x1"
             if (lost := self._directory / "queue.loses").exists():
                 name, incarnation = lost.read_text().split()
                 fields |= {f"peers.{name}.lost": 1, f"peers.{name}.silent_s": 31.0}
                 fields[f"peers.{name}.incarnation"] = float(incarnation)
             finished = (self._directory / "queue.finish").exists()
             for peer in self._observers:
-                await self._router.send(peer, Status(fields=fields, texts={}, finished=finished))
+                await self._router.send(peer, Status(fields=fields, texts=texts, finished=finished))
 
 
 async def serve_queue(options: argparse.Namespace) -> None:
@@ -91,6 +99,12 @@ async def serve_queue(options: argparse.Namespace) -> None:
         queue = FakeQueue(options, router)
         runtime.report_ready(options.ready_fd, address=router.address)
         await runtime.supervise(serve=queue.serve(), tell=queue.tell())
+
+
+def give_up(name: str) -> None:
+    """As `runtime.execute` ends a process whose next incarnation would end in the same way."""
+    print(f"{name}: it would only repeat", file=sys.stderr, flush=True)
+    sys.exit(runtime.NOT_AGAIN)
 
 
 def main() -> None:
@@ -113,6 +127,7 @@ def main() -> None:
         sys.exit(3)
     if (directory / f"{name}.hangs.{incarnation}").exists():
         signal.pause()
+    signal.signal(signal.SIGUSR1, lambda *_: give_up(name))
     if name == "queue":
         runtime.execute(name, serve_queue, options)
     else:

@@ -209,7 +209,10 @@ class FakePublisher(Peer):
 class Around:
     """A run's directory, its queue and its publisher; learners come and go."""
 
-    def __init__(self, directory: pathlib.Path, checkpoint_every: int = 2, peer_timeout_s: float = 20.0) -> None:
+    def __init__(
+        self, directory: pathlib.Path, checkpoint_every: int = 2, peer_timeout_s: float = 20.0, **section: Any
+    ) -> None:
+        """section: more of [learner]."""
         if not (directory / "model").exists():
             write_random_model(directory / "model")
         self.recipe = config.Recipe(
@@ -218,7 +221,10 @@ class Around:
             task=config.TaskChoice(use="t"),
             queue=config.Queue(min_tokens=8, max_tokens=64, max_token_age=2),
             learner=config.Learner(
-                checkpoint_every=checkpoint_every, optimizer=OPTIMIZER, schedule={"lr_warmup_steps": 3}
+                checkpoint_every=checkpoint_every,
+                optimizer=OPTIMIZER,
+                schedule={"lr_warmup_steps": 3},
+                **section,
             ),
             weights=config.Weights(part_bytes=16 << 10),
             supervise=config.Supervise(retry_s=0.2, peer_timeout_s=peer_timeout_s),
@@ -261,6 +267,12 @@ class Around:
         await self.publisher.until(lambda: repr(self.publisher.done) == repr(done))
         assert done.weights_hash == self.publisher.hashes[done.final]
         return done
+
+    async def written(self, *names: str) -> None:
+        """Until these checkpoints are there; the queue may hear of them later, while a lease is waited for."""
+        async with asyncio.timeout(30):
+            while not all((self.checkpoints / name).exists() for name in names):  # noqa: ASYNC110  of a thread's making
+                await asyncio.sleep(0.01)
 
     def log(self) -> list[tuple[int, int]]:
         lines = (self.recipe.run_directory / "learner.jsonl").read_text().splitlines()

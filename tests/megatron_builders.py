@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from huggingface_reference import OPTIMIZER
 
+from algorithms.denominators import TokenKinds, loss_weights
 from algorithms.losses import make_loss
 from engines.megatron.learner import MegatronLearner
 from stream_rl.config import Algorithm, Learner
@@ -21,16 +22,20 @@ def make_learner(directory: pathlib.Path, micro_batch_tokens: int = 100, **chang
     return MegatronLearner(directory, section, seed=0)
 
 
-def make_batch(seed: int, lengths: list[int] = LENGTHS) -> TrainingBatch:
+def make_batch(
+    seed: int, lengths: list[int] = LENGTHS, aggregation: str = "token_mean", vocabulary: int = 64
+) -> TrainingBatch:
     """Random tokens; a first fifth of each sequence is context, and a tenth of the rest is masked."""
     random = np.random.default_rng(seed)
     tokens = sum(lengths)
-    trained = np.concatenate([np.arange(n) >= max(1, n // 5) for n in lengths]) & (random.random(tokens) > 0.1)
+    sampled = np.concatenate([np.arange(n) >= max(1, n // 5) for n in lengths])
+    trained = sampled & (random.random(tokens) > 0.1)
+    kinds = TokenKinds(lengths=np.array(lengths, dtype=np.int32), sampled=sampled, trainable=trained)
     return TrainingBatch(
-        token_ids=random.integers(0, 64, tokens).astype(np.int32),
+        token_ids=random.integers(0, vocabulary, tokens).astype(np.int32),
         lengths=np.array(lengths, dtype=np.int32),
         behavior_logprobs=np.where(trained, -random.exponential(4.0, tokens), 0.0).astype(np.float32),
         advantages=random.normal(size=tokens).astype(np.float32),
-        loss_weights=(trained / max(trained.sum(), 1)).astype(np.float32),
+        loss_weights=loss_weights(aggregation, kinds, constant=100.0),
         temperature=TEMPERATURE,
     )

@@ -9,12 +9,13 @@ import sys
 import torch
 import torch.distributed as dist
 
-from engines.megatron import changes, core, found, model
+from engines.megatron import changes, found, model, world
 from engines.megatron.changes import ChangeFinder
 from engines.megatron.checkpoint import CheckpointTensors
 from engines.megatron.huggingface import to_huggingface
 from engines.megatron.layout import layout
 from engines.megatron.model_shape import read_model_shape
+from engines.megatron.optimizer import build_optimizer
 from engines.weights.codes.ulp import stepped
 from engines.weights.fingerprint import bits_of
 
@@ -25,33 +26,16 @@ FlatBits = dict[str, torch.Tensor]
 def main(rank: int, store: str, directory: str, mode: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    core.parallel_state.initialize_model_parallel()
-    core.model_parallel_cuda_manual_seed(0)
+    world.initialize(0, {}, processes=RANKS, timeout_s=60.0)
     changes.CHUNK, changes.IN_PLACE_CHUNK, found.SLICE = 1500, 2500, 700
     shape = read_model_shape(directory)
     with CheckpointTensors(pathlib.Path(directory)) as weights:
         built = model.build_model(shape, model.transformer_config(shape, {}), weights)
     gpt = built.module if shape.dtype == "bfloat16" else built
     distributed, overlap = mode != "plain", mode == "overlap"
-    ddp = core.DistributedDataParallel(
-        built.config,
-        core.DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            use_distributed_optimizer=distributed,
-            overlap_grad_reduce=overlap,
-            overlap_param_gather=overlap,
-        ),
-        built,
-    )
-    options = core.OptimizerConfig(
-        lr=1e-3,
-        weight_decay=0.1,
-        bf16=shape.dtype == "bfloat16",
-        params_dtype=getattr(torch, shape.dtype),
-        use_distributed_optimizer=distributed,
-        overlap_param_gather=overlap,
-    )
-    optimizer = core.get_megatron_optimizer(options, [ddp])
+    overlaps = {"overlap_grad_reduce": overlap, "overlap_param_gather": overlap}
+    ddp = model.wrap(built, {"use_distributed_optimizer": distributed} | overlaps)
+    optimizer, _ = build_optimizer(ddp, {"lr": 1e-3, "weight_decay": 0.1}, {})
     finder = ChangeFinder(gpt, optimizer, layout(shape), rank, RANKS)
 
     def weights_now(synchronized: bool = True) -> FlatBits:

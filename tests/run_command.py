@@ -97,10 +97,23 @@ class Command:
         (directory / "recipe.toml").write_text(RECIPE.format(directory=directory, steps=steps))
         self.run = directory / "runs" / "small"
         self.output = (directory / "output.txt").open("w+")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "scripts.cli", "train", str(directory / "recipe.toml"), *overrides],
+        self.process = self._start(str(directory / "recipe.toml"), *overrides)
+
+    def _start(self, *words: str) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(
+            [sys.executable, "-m", "scripts.cli", "train", *words],
             stdout=self.output, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True,
         )  # fmt: skip
+
+    def resume(self, *overrides: str) -> None:
+        """Go on with the run, which has ended or been killed."""
+        self.process.wait(60)
+        self.process = self._start(str(self.run), "--resume", *overrides)
+
+    def kill_everything(self) -> None:
+        """kill -9 of the command and of all its processes, as a machine ends them that loses its power."""
+        for process in [psutil.Process(self.process.pid), *self.tree()]:
+            process.kill()
 
     def text(self) -> str:
         self.output.flush()

@@ -3,6 +3,8 @@ learner's own log."""
 
 import json
 import random
+import subprocess
+import sys
 import time
 from collections import Counter
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 from crash_proof import prove
-from run_command import PROCESSES, Command, Launch
+from run_command import PROCESSES, ROOT, Command, Launch
 
 from scripts.records import read
 
@@ -97,3 +99,37 @@ def test_fifty_random_kills_lose_nothing_and_train_nothing_twice(launch: Launch,
     command.wait_for_steps(2)
     killed = harass(command, 50, random.Random(seed), most_s=5.0)
     survived(command, steps, killed, seed)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1500)
+def test_a_run_killed_as_a_whole_goes_on_to_what_its_leases_train_to_undisturbed(launch: Launch) -> None:
+    """The learner at random moments, then everything at once, twice; then the leases of the line that survived, again
+    from the first weights: the same losses and the same bits in every checkpoint."""
+    rng, steps = random.Random(3), 14
+    command = launch(steps, *OPTIONS, "learner.leases=record")
+    killed: Counter[str] = Counter()
+    for _ in range(2):
+        command.wait_for_steps(2)
+        time.sleep(rng.uniform(0.1, 2.0))
+        command.wait(lambda: "learner" in victims(command))
+        victims(command)["learner"].kill()
+        killed["learner"] += 1
+        command.wait(lambda: command.restarts("learner") == killed["learner"])
+        command.wait_for_steps(1)
+        time.sleep(rng.uniform(0.1, 3.0))
+        command.kill_everything()
+        command.resume()
+    summary = survived(command, steps, killed, 3)
+    assert summary["resumes"] == 2 and summary["restarts"] == dict(killed)
+    walls = [record["wall_s"] for record in read(command.run)["step"]]
+    assert walls == sorted(walls)
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.cli", "learner", "replay", str(command.run)],
+        capture_output=True, text=True, cwd=ROOT, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    verdict = done.stdout.splitlines()[-1]
+    assert verdict.startswith(f"equal to the bit: the loss and gradient of {steps} steps") and "final" in verdict
+    command.resume()
+    assert command.finish(60)[0] == 0 and "there is nothing to go on with" in command.text()

@@ -3,7 +3,9 @@
 import json
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
+import huggingface_reference
 import marked_model
 import numpy as np
 import pytest
@@ -93,20 +95,27 @@ def test_updates_came_live_while_requests_ran(following: tuple[EngineHarness, pa
     assert len(versions) > 5
 
 
-def test_log_probs_equal_the_learners_tied(
-    following: tuple[EngineHarness, pathlib.Path], learner: MegatronLearner
-) -> None:
-    harness, _ = following
+def largest_gap(harness: EngineHarness, learner: MegatronLearner, group: int, version: Version) -> float:
+    """Between the log-probs of tokens that the engine samples greedily, all at `version`, and the learner's."""
     prompts = [[1 + (5 * i + j) % 100 for j in range(2 + 11 * i)] for i in range(6)]
-    rids = [make_rid(RUN, 1, member, 0) for member in range(6)]
+    rids = [make_rid(RUN, group, member, 0) for member in range(6)]
     harness.start_many([
         harness.generate(rid, prompt, 40, temperature=0) for rid, prompt in zip(rids, prompts, strict=True)
     ]).result(60)  # fmt: skip
     harness.wait(lambda: all(harness.streams[rid].finish for rid in rids), "the finishes")
-    whole = [np.array(p + harness.streams[r].token_ids, np.int32) for p, r in zip(prompts, rids, strict=True)]
-    for rid, prompt, logprobs in zip(rids, prompts, learner.logprobs(whole, 1.0), strict=True):
-        assert harness.streams[rid].versions == [Version(0, UPDATES)] * 40
-        assert logprob_gap(harness.streams[rid].logprobs, logprobs[len(prompt) :].tolist()) < 1e-4
+    streams = [harness.streams[rid] for rid in rids]
+    assert all(stream.versions == [version] * 40 for stream in streams)
+    whole = [np.array(prompt + stream.token_ids, np.int32) for prompt, stream in zip(prompts, streams, strict=True)]
+    return max(
+        logprob_gap(stream.logprobs, logprobs[len(prompt) :].tolist())
+        for stream, prompt, logprobs in zip(streams, prompts, learner.logprobs(whole, 1.0), strict=True)
+    )
+
+
+def test_log_probs_equal_the_learners_tied(
+    following: tuple[EngineHarness, pathlib.Path], learner: MegatronLearner
+) -> None:
+    assert largest_gap(following[0], learner, 1, Version(0, UPDATES)) < 1e-4
 
 
 def test_the_followed_weights_are_those_of_a_fresh_engine_bit_for_bit(
@@ -133,3 +142,59 @@ def test_the_followed_weights_are_those_of_a_fresh_engine_bit_for_bit(
         assert prompt_logprobs(fresh) != live_logprobs
     finally:
         fresh.stop()
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("architecture", "changes", "biases"),
+    [
+        ("Qwen2ForCausalLM", {"head_dim": ...}, 6),
+        ("LlamaForCausalLM", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}, 0),
+    ],
+)
+def test_an_engine_follows_models_of_other_families(
+    tmp_path: pathlib.Path, architecture: str, changes: dict[str, Any], biases: int
+) -> None:
+    """Log-probs before and after updates of every tensor, then of the biases alone; and the recomputed fingerprint."""
+    sizes = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 4096}
+    huggingface_reference.write_random_model(tmp_path / "model", architecture, **(sizes | changes))
+    learner = MegatronLearner(tmp_path / "model", Learner(optimizer={"lr": 1e-3}), 0)
+    harness = EngineHarness(tmp_path, learner.model_dir)
+    try:
+        harness.start()
+        harness.publish(Version(0, 0), learner.named_weights())
+        assert largest_gap(harness, learner, 0, Version(0, 0)) < 1e-4
+        names = {name for name, _ in learner.named_weights() if name.endswith(".bias")}
+        assert len(names) == biases
+        for step in range(1, 6):
+            old = {name: tensor.clone() for name, tensor in learner.named_weights()}
+            learner.train_step(demonstration(step), cross_entropy)
+            assert all(not torch.equal(old[name], tensor) for name, tensor in learner.named_weights())
+            harness.publish(Version(0, step), learner.named_weights())
+            harness.wait(lambda count=step: len(harness.reports) == count, f"update {step}")
+        assert largest_gap(harness, learner, 1, Version(0, 5)) < 1e-4
+        old_logprobs = prompt_logprobs(harness)
+
+        with torch.no_grad():
+            for name, parameter in learner.network.gpt.named_parameters():
+                if name.endswith("linear_qkv.bias"):
+                    parameter.add_(0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        harness.publish(Version(0, 6), learner.named_weights())
+        harness.wait(lambda: len(harness.reports) == 6, "the update of the biases")
+        elements = sum(tensor.numel() for name, tensor in learner.named_weights() if name in names)
+        assert harness.reports[-1].changed == elements
+        assert largest_gap(harness, learner, 2, Version(0, 6)) < 1e-4
+        assert (prompt_logprobs(harness) != old_logprobs) == (biases > 0)
+        assert all(report.hash_matches and not report.anchor for report in harness.reports)
+        assert full_hash(harness, Version(0, 6)) == fingerprint.text(fingerprint.model_sum(learner.named_weights()))
+    finally:
+        harness.stop()

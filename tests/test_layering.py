@@ -20,6 +20,7 @@ HOMES = {
     "megatron": ("engines/",),
     "torch": ("engines/", "algorithms/"),
     "torchvision": ("engines/",),
+    "triton": ("engines/",),
     "safetensors.torch": ("engines/",),
 }
 """Where ours may import a library; tests may import it anywhere."""

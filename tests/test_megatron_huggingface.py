@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from engines.megatron import cpu
 from engines.megatron.checkpoint import CheckpointTensors, save_checkpoint
-from engines.megatron.huggingface import expected_shapes, fuse_qkv, to_huggingface, to_megatron
-from engines.megatron.model_shape import ModelShape
+from engines.megatron.huggingface import fuse_qkv, to_huggingface, to_megatron
+from engines.megatron.model_shape import FAMILIES, ModelShape, expected_shapes
 from stream_rl.errors import ConfigError, WeightsError
 
 SHAPE = ModelShape(
@@ -39,9 +39,16 @@ def random_weights(shape: ModelShape) -> dict[str, torch.Tensor]:
     return {name: torch.randn(size).to(dtype) for name, size in expected_shapes(shape).items()}
 
 
-@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.booleans(), st.sampled_from(["float32", "bfloat16"]))
-def test_mapping_there_and_back_is_bit_exact(kv_heads: int, share: int, layers: int, tied: bool, dtype: str) -> None:
-    shape = dataclasses.replace(SHAPE, heads=kv_heads * share, kv_heads=kv_heads, layers=layers, tied=tied, dtype=dtype)
+@given(
+    st.sampled_from(sorted(FAMILIES)), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.booleans(),
+    st.sampled_from(["float32", "bfloat16"]),
+)  # fmt: skip
+def test_mapping_there_and_back_is_bit_exact(
+    family: str, kv_heads: int, share: int, layers: int, tied: bool, dtype: str
+) -> None:
+    shape = dataclasses.replace(
+        SHAPE, architecture=family, heads=kv_heads * share, kv_heads=kv_heads, layers=layers, tied=tied, dtype=dtype
+    )
     weights = random_weights(shape)
     back = dict(to_huggingface(shape, dict(to_megatron(shape, weights))))
     assert list(back) == list(weights)
@@ -56,8 +63,22 @@ def test_fused_heads_are_interleaved_by_key_head() -> None:
     for head in range(2):
         key[head * 6 : head * 6 + 6] = 10 + head
         value[head * 6 : head * 6 + 6] = 20 + head
-    fused = fuse_qkv(SHAPE, query, key, value)
-    assert fused[::6, 0].tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
+    for columns in (slice(None), 0):  # weights, biases
+        fused = fuse_qkv(SHAPE, query[:, columns], key[:, columns], value[:, columns])
+        assert fused.shape == (48, *query[:, columns].shape[1:])
+        assert fused.reshape(48, -1)[::6, 0].tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
+
+
+def test_each_family_has_the_tensors_of_its_layers() -> None:
+    def names(architecture: str) -> set[str]:
+        shape = dataclasses.replace(SHAPE, architecture=architecture, layers=1)
+        return {name.removeprefix("model.layers.0.self_attn.") for name in expected_shapes(shape)}
+
+    llama = names("LlamaForCausalLM")
+    assert names("Qwen3ForCausalLM") - llama == {"q_norm.weight", "k_norm.weight"}
+    assert names("Qwen2ForCausalLM") - llama == {"q_proj.bias", "k_proj.bias", "v_proj.bias"}
+    assert llama == names("Qwen3ForCausalLM") & names("Qwen2ForCausalLM")
+    assert not any("bias" in name or "_norm" in name for name in llama - {"model.norm.weight"})
 
 
 def test_an_output_layer_stored_beside_a_tied_embedding_is_ignored() -> None:

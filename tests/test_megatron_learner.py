@@ -1,4 +1,4 @@
-"""The learner against transformers with torch's AdamW, and what it promises of a step."""
+"""What the learner promises of a step.  test_megatron_families.py compares its steps with transformers' and AdamW's."""
 
 import pathlib
 from collections.abc import Iterator
@@ -10,17 +10,16 @@ import safetensors.torch
 import torch
 import transformers
 from huggingface_reference import (
-    CLIP,
     OPTIMIZER,
+    largest_logprob_difference,
     reference_logprobs,
-    reference_optimizer,
+    sequences_of,
     write_random_model,
 )
 from megatron_builders import LENGTHS, PPO, TEMPERATURE, make_batch, make_learner
 from torch import Tensor
 
 from algorithms.losses import cross_entropy
-from engines.megatron.learner import MegatronLearner
 from stream_rl.errors import ConfigError, WeightsError
 from stream_rl.types import TrainingBatch
 
@@ -36,62 +35,6 @@ def _one_thread() -> Iterator[None]:
 def directory(tmp_path: pathlib.Path) -> pathlib.Path:
     write_random_model(tmp_path / "model")
     return tmp_path / "model"
-
-
-def sequences_of(batch: TrainingBatch) -> list[np.ndarray]:
-    return np.split(batch.token_ids, np.cumsum(batch.lengths)[:-1])
-
-
-def batch_loss(model: Any, batch: TrainingBatch) -> Tensor:
-    """PPO of transformers' log-probs, sequence by sequence, with no packing."""
-    logprobs = torch.cat([reference_logprobs(model, ids, batch.temperature) for ids in sequences_of(batch)])
-    fields = (batch.behavior_logprobs, batch.advantages, batch.loss_weights)
-    return PPO(logprobs, *(torch.from_numpy(field) for field in fields))[0]
-
-
-def largest_logprob_difference(learner: MegatronLearner, reference: Any, batch: TrainingBatch) -> float:
-    sequences = sequences_of(batch)
-    got = learner.logprobs(sequences, batch.temperature)
-    with torch.no_grad():
-        wanted = [reference_logprobs(reference, ids, batch.temperature).numpy() for ids in sequences]
-    return max(float(np.abs(a - b).max()) for a, b in zip(got, wanted, strict=True))
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_three_steps_match_transformers_and_adamw(tmp_path: pathlib.Path, tied: bool) -> None:
-    reference = write_random_model(tmp_path / "model", tie_word_embeddings=tied)
-    before = {name: parameter.detach().clone() for name, parameter in reference.named_parameters()}
-    learner = make_learner(tmp_path / "model")
-    assert largest_logprob_difference(learner, reference, make_batch(9)) < 1e-5
-
-    optimizer = reference_optimizer(reference)
-    for step in range(3):
-        batch = make_batch(step)
-        metrics = learner.train_step(batch, PPO)
-        optimizer.zero_grad()
-        loss = batch_loss(reference, batch)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), CLIP)
-        assert norm > CLIP, "the comparison covers clipping"
-        optimizer.step()
-        assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-5)
-        assert metrics["gradient_norm"] == pytest.approx(norm.item(), rel=1e-4)
-    wanted = dict(reference.named_parameters())
-    got = dict(learner.named_weights())
-    assert got.keys() == wanted.keys()
-    for name, tensor in got.items():
-        assert (wanted[name] - before[name]).abs().max() > 1e-3, f"{name} was not trained"
-        torch.testing.assert_close(tensor, wanted[name].detach(), rtol=0, atol=2e-5)
-    assert largest_logprob_difference(learner, reference, make_batch(9)) < 1e-4
-
-
-def test_the_parity_check_sees_exchanged_keys_and_values(directory: pathlib.Path) -> None:
-    reference = transformers.AutoModelForCausalLM.from_pretrained(directory)
-    weights = safetensors.torch.load_file(directory / "model.safetensors")
-    key, value = "model.layers.1.self_attn.k_proj.weight", "model.layers.1.self_attn.v_proj.weight"
-    weights[key], weights[value] = weights[value], weights[key]
-    safetensors.torch.save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    assert largest_logprob_difference(make_learner(directory), reference, make_batch(9)) > 0.1
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -241,7 +184,17 @@ def test_recomputing_activations_changes_nothing(directory: pathlib.Path) -> Non
     [
         ({"model": {"recompute_granularit": "full"}}, "learner.model.recompute_granularit is not known .*did you mean"),
         ({"model": {"num_layers": 3}}, r"num_layers cannot be set: it comes from the model's config\.json"),
-        ({"model": {"tensor_model_parallel_size": 2}}, "one process"),
+        ({"model": {"tensor_model_parallel_size": 2}}, r"processes = 1 must be a multiple of .* = 2 \* 1"),
+        ({"model": {"pipeline_model_parallel_size": 0}}, "pipeline_model_parallel_size must be a positive int, got 0"),
+        ({"model": {"context_parallel_size": 2}}, "cannot be set: it needs TransformerEngine's attention"),
+        ({"model": {"expert_model_parallel_size": 2}}, "cannot be set: the learner has dense models only"),
+        ({"model": {"virtual_pipeline_model_parallel_size": 2}}, "cannot be set: all pipeline stages"),
+        ({"model": {"sequence_parallel": True}}, "megatron-core refuses"),
+        ({"processes": 2}, "processes is 2 and torch.distributed has 1"),
+        ({"ddp": {"overlap_param_gather": True}}, "needs learner.ddp.use_distributed_optimizer"),
+        ({"ddp": {"use_distributed_optimiser": True}}, "did you mean use_distributed_optimizer"),
+        ({"ddp": {"average_in_collective": True}}, "whole normalization is in the batch's loss weights"),
+        ({"optimizer": {"lr": 1e-3, "use_distributed_optimizer": True}}, "cannot be set: set it in learner.ddp"),
         ({"model": {"recompute_granularity": "full"}}, "megatron-core refuses"),
         ({"model": {"recompute_num_layers": "1"}}, "recompute_num_layers: Expected `int | null`, got `str`, got '1'"),
         ({"optimizer": {"lr": 1e-3, "beta1": 0.9}}, r"learner\.optimizer\.beta1 is not known .*'adam_beta1'"),
@@ -277,5 +230,8 @@ def test_a_batch_that_is_not_well_formed_is_refused(directory: pathlib.Path) -> 
     ):
         with pytest.raises(ValueError, match=message):
             learner.train_step(spoiled(batch, **changes), PPO)
+    short = make_learner(directory, max_sequence_tokens=63)
+    with pytest.raises(ValueError, match=r"64 tokens and learner\.max_sequence_tokens is 63; raise it"):
+        short.train_step(batch, PPO)
     with pytest.raises(ValueError, match="256 positions"):
         learner.logprobs([np.zeros(257, np.int32)], 1.0)

@@ -1,15 +1,10 @@
-"""A learner that goes on from its checkpoint does what it would have done without the stop, to the bit; and no way of
-dying while it saves costs more than that save."""
+"""A learner that goes on from its checkpoint does what it would have done without the stop, to the bit."""
 
 import json
 import logging
-import os
 import pathlib
-import random
 import shutil
-import signal
-import sys
-import time
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,11 +15,10 @@ from huggingface_reference import write_random_model
 from megatron_builders import PPO, make_batch, make_learner
 from torch import Tensor
 
-from actors.learner import recover
+from actors.checkpoints import recover
 from engines.megatron import resume
-from engines.megatron.checkpoint import sweep
 from engines.megatron.learner import MegatronLearner
-from engines.megatron.training_state import training_tensors
+from engines.megatron.snapshot import snapshot
 from engines.weights import fingerprint
 from stream_rl.errors import WeightsError
 from stream_rl.types import Version
@@ -54,7 +48,8 @@ def learner_of(model: pathlib.Path, **changes: Any) -> MegatronLearner:
 
 def everything(learner: MegatronLearner) -> dict[str, Tensor]:
     """A copy of all that a next step depends on."""
-    state = dict(training_tensors(learner._gpt, learner._optimizer)) | dict(learner.named_weights())
+    taken = snapshot(learner._trained())
+    state = taken.states | taken.random | dict(learner.named_weights())
     groups = [[group["lr"], group["weight_decay"]] for group in learner._optimizer.param_groups]
     schedule = {"groups": torch.tensor(groups), "num_steps": torch.tensor(learner._scheduler.num_steps)}
     return {name: tensor.clone() for name, tensor in (state | schedule).items()}
@@ -192,6 +187,94 @@ def test_a_checkpoint_is_a_hugging_face_directory_and_outlives_its_source(
     assert {path.name for path in (tmp_path / "b").iterdir()} == names | {"training", "training.json"}
 
 
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: pathlib.Path) -> None:
+    """What is saved is what was there when it began; to begin another meanwhile is an error."""
+    write_random_model(tmp_path / "model", dtype="bfloat16")
+    learner = learner_of(tmp_path / "model")
+    learner.train_step(make_batch(0), PPO)
+    at_save = everything(learner)
+    saving = learner.begin_checkpoint(tmp_path / "saved", Version(0, 2), RUN)
+    learner.train_step(make_batch(1), PPO)
+    thread = threading.Thread(target=saving.finish)
+    thread.start()
+    learner.train_step(make_batch(2), PPO)
+    thread.join()
+    assert {name.partition("/")[0] for name in differences(everything(learner), at_save)} >= {"main", "exp_avg", "step"}
+    learner.load_checkpoint(tmp_path / "saved")
+    assert differences(everything(learner), at_save) == set()
+
+    unfinished = learner.begin_checkpoint(tmp_path / "again", Version(0, 2), RUN)
+    with pytest.raises(AssertionError, match="the last checkpoint is still being written"):
+        learner.begin_checkpoint(tmp_path / "third", Version(0, 2), RUN)
+    unfinished.finish()
+
+
+def test_a_save_that_fails_leaves_what_was_there_and_the_next_one_works(
+    model: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = learner_of(model)
+    learner.save_checkpoint(tmp_path / "saved", Version(0, 0), RUN)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "seal", full)
+        with pytest.raises(WeightsError, match=r"cannot write .*saved: .*No space left on device; make room"):
+            learner.save_checkpoint(tmp_path / "saved", Version(0, 1), RUN)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "saved"}
+    assert learner.load_checkpoint(tmp_path / "saved") == Version(0, 0)
+    learner.save_checkpoint(tmp_path / "saved", Version(0, 1), RUN)
+    assert learner.load_checkpoint(tmp_path / "saved") == Version(0, 1)
+
+
+def test_what_is_trained_beside_the_policy_is_in_its_checkpoint(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    def pair() -> tuple[MegatronLearner, MegatronLearner]:
+        return learner_of(model), learner_of(model, optimizer=MOMENTUM)
+
+    learner, critic = pair()
+    learner.train_step(make_batch(0), PPO)
+    for step in (1, 2):
+        critic.train_step(make_batch(step), PPO)
+    learner.save_checkpoint(tmp_path / "saved", Version(0, 1), RUN, critic=critic)
+    again, other = pair()
+    assert again.load_checkpoint(tmp_path / "saved", critic=other) == Version(0, 1)
+    assert differences(everything(again), everything(learner)) == set()
+    assert differences(everything(other), everything(critic)) == set()
+    assert differences(everything(other), everything(learner))
+    before = everything(again)
+    with pytest.raises(WeightsError, match=r"expected \['policy'\] in it, got \['critic', 'policy'\]"):
+        again.load_checkpoint(tmp_path / "saved")
+    with pytest.raises(WeightsError, match="the critic's optimizer is SGD in it, and AdamW here"):
+        again.load_checkpoint(tmp_path / "saved", critic=learner_of(model))
+    damage(tmp_path / "saved" / "critic" / "training" / "rank-00000.safetensors", "flipped")
+    with pytest.raises(WeightsError, match=r"damaged: critic/training/rank-00000\.safetensors does not have"):
+        again.load_checkpoint(tmp_path / "saved", critic=other)
+    assert differences(everything(again), before) == set()
+
+
+def test_an_export_is_the_policy_alone_and_touches_nothing_that_is_there(
+    model: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    learner = learner_of(model)
+    learner.train_step(make_batch(0), PPO)
+    learner.save_checkpoint(tmp_path / "saved", Version(0, 1), RUN, critic=learner_of(model))
+    learner.save(tmp_path / "plain")
+    resume.export(tmp_path / "saved", tmp_path / "export")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "export").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "plain").iterdir()}
+    for there in ("export", "model"):
+        with pytest.raises(WeightsError, match=f"cannot write .*{there}: it is there already; give another place"):
+            resume.export(tmp_path / "saved", tmp_path / there)
+    with pytest.raises(WeightsError, match=r"plain cannot be resumed from: cannot read training\.json"):
+        resume.export(tmp_path / "plain", tmp_path / "other")
+    for how, message in (("flipped", "does not have the digest"), ("missing", r"cannot read model\.safetensors")):
+        damage(tmp_path / "saved" / "model.safetensors", how)
+        with pytest.raises(WeightsError, match=message):
+            resume.export(tmp_path / "saved", tmp_path / "other")
+        assert not (tmp_path / "other").exists()
+
+
 # -- damage --------------------------------------------------------------------------------------------------
 
 
@@ -237,9 +320,11 @@ def test_any_damaged_file_refuses_the_checkpoint_by_name_and_changes_nothing(
     ("change", "message"),
     [
         ({"step": 7}, "training.json is damaged: it has another digest"),
-        ({"schedule_steps": 7}, "it has another digest"),
+        ({"placement": "x"}, "it has another digest"),
         ({"step": "7"}, "training.json is damaged: Expected `int`"),
-        ({"format": 2}, "expected format 1, got 2"),
+        ({"format": 1}, "expected format 2, got 1; go on with the release that wrote it"),
+        ({"format": 1, "files": 3}, "expected format 2, got 1"),
+        ({"format": None}, r"training.json is damaged: Expected `int`, got `null` - at `\$.format`"),
         ({"files": {}}, "it has another digest"),
     ],
 )
@@ -259,14 +344,18 @@ def test_another_models_or_optimizers_checkpoint_is_refused(model: pathlib.Path,
     learner.train_step(make_batch(0), PPO)
     learner.save_checkpoint(tmp_path / "saved", Version(0, 1), RUN)
     write_random_model(tmp_path / "smaller", num_hidden_layers=1)
-    with pytest.raises(WeightsError, match="of a model of another shape than"):
+    with pytest.raises(
+        WeightsError, match=r"the policy's shape is Qwen3ForCausalLM \w+ in it, and Qwen3ForCausalLM \w+ here"
+    ):
         learner_of(tmp_path / "smaller").load_checkpoint(tmp_path / "saved")
     sgd = learner_of(model, optimizer=MOMENTUM)
     sgd.train_step(make_batch(1), PPO)
     before = everything(sgd)
-    with pytest.raises(WeightsError, match="its optimizer is AdamW, ours SGD"):
+    with pytest.raises(WeightsError, match="the policy's optimizer is AdamW in it, and SGD here"):
         sgd.load_checkpoint(tmp_path / "saved")
     assert differences(everything(sgd), before) == set()
+    with pytest.raises(WeightsError, match="the policy's schedule_unit is steps in it, and tokens here"):
+        learner_of(model, schedule_unit="tokens").load_checkpoint(tmp_path / "saved")
 
 
 def test_the_newest_whole_checkpoint_of_the_run_is_taken(
@@ -290,11 +379,11 @@ def test_the_newest_whole_checkpoint_of_the_run_is_taken(
     with caplog.at_level(logging.INFO):
         for damaged, wanted in ((None, (1, 30)), ("step-30", (0, 40)), ("step-40", (0, 20))):
             if damaged:
-                damage(checkpoints / damaged / "training" / "training.safetensors", "truncated")
+                damage(checkpoints / damaged / "training" / "rank-00000.safetensors", "truncated")
             caplog.clear()
             assert recover(reader, checkpoints, RUN) == wanted
             assert weights_sum(reader) == sums[Version(*wanted)]
-            assert not damaged or f"{damaged} is damaged: training/training.safetensors should have" in caplog.text
+            assert not damaged or f"{damaged} is damaged: training/rank-00000.safetensors should have" in caplog.text
     assert "step-60 is of run run-0, this is run-1" in caplog.text
     damage(checkpoints / "step-20" / "training.json", "missing")
     assert recover(learner_of(model), checkpoints, RUN) is None
@@ -309,123 +398,3 @@ def test_the_last_two_are_kept_and_what_comes_later_on_a_dead_line_goes(tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["final", "step-30", "step-40"]
     resume.retire(tmp_path, 30)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["final", "step-30"]
-
-
-# -- kill -9 -------------------------------------------------------------------------------------------------
-
-FORKS = pytest.mark.skipif(torch.cuda.is_available(), reason="a process that uses CUDA cannot be forked")
-WATCHED = ("open", "os.", "shutil.", "pathlib.")
-
-
-def forked(act: Callable[[], object]) -> int:
-    """The pid of a copy of this process that does `act` and ends."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            act()
-            status = 0
-        finally:
-            os._exit(status)
-    return pid
-
-
-def die_at(event: int) -> Callable[[], int]:
-    """Be killed at the `event`th touch of the file system from now on; returns how many there have been."""
-    seen = 0
-
-    def hook(name: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal seen
-        if name.startswith(WATCHED):
-            seen += 1
-            if seen == event:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
-    return lambda: seen
-
-
-@FORKS
-def test_a_kill_at_any_touch_of_the_file_system_leaves_a_whole_checkpoint(
-    model: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-    """A save under a new name, one over an old one, and the end of those before."""
-    learner = learner_of(model)
-    learner.train_step(make_batch(0), PPO)
-    start = tmp_path / "start"
-    for step in (10, 20, 30):
-        learner.save_checkpoint(start / f"step-{step}", Version(0, step), RUN)
-
-    def act(checkpoints: pathlib.Path) -> None:
-        learner.save_checkpoint(checkpoints / "step-40", Version(0, 40), RUN)
-        learner.save_checkpoint(checkpoints / "step-30", Version(1, 30), RUN)
-        resume.retire(checkpoints, 30)
-
-    killed, outcomes = 0, set()
-    for event in range(1, 1000):
-        checkpoints = tmp_path / f"checkpoints-{event}"
-        shutil.copytree(start, checkpoints)
-        pid = forked(lambda event=event, checkpoints=checkpoints: (die_at(event), act(checkpoints)))
-        status = os.waitpid(pid, 0)[1]
-        version = recover(learner, checkpoints, RUN)
-        assert version in [(0, 30), (0, 40), (1, 30)]
-        assert not [path for path in checkpoints.iterdir() if path.name.startswith(".")], "the rest is swept"
-        assert {path.name for path in checkpoints.iterdir()} >= {"step-20", "step-30"}
-        outcomes.add(version)
-        shutil.rmtree(checkpoints)
-        if status == 0:
-            break
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        killed += 1
-    assert killed > 50
-    assert len(outcomes) == 3
-
-
-@FORKS
-def test_kills_at_random_moments_lose_at_most_the_save_under_way(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """Between the touches that Python sees, too: while bytes are written, hashed and synced."""
-    learner, checkpoints = learner_of(model), tmp_path / "checkpoints"
-    learner.train_step(make_batch(0), PPO)
-    chance = random.Random(0)
-    done = 0
-
-    def save_on(first: int, said: int) -> None:
-        for step in range(first, first + 1000):
-            learner.save_checkpoint(checkpoints / f"step-{step}", Version(0, step), RUN)
-            os.write(said, step.to_bytes(4, "little"))
-            resume.retire(checkpoints, step)
-
-    for trial in range(15):
-        hears, says = os.pipe()
-        pid = forked(lambda first=done + 1, says=says: save_on(first, says))
-        os.close(says)
-        with os.fdopen(hears, "rb") as file:
-            said = file.read(4 * (trial % 3))  # waits for so many saves
-            time.sleep(chance.uniform(0.0, 0.1))
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            said += file.read()
-        done = int.from_bytes(said[-4:], "little") if said else done
-        version = recover(learner, checkpoints, RUN)
-        assert (version is None and done == 0) or version.step in (done, done + 1)
-        done = version.step if version else 0
-    assert done >= 15
-    resume.retire(checkpoints, done)
-    assert len(list(checkpoints.iterdir())) == 2
-
-
-def test_a_sweep_leaves_alone_what_is_being_written(tmp_path: pathlib.Path) -> None:
-    pid = forked(lambda: signal.pause())
-    try:
-        for name in (f".step-1.writing-{pid}", f".step-2.replaced-{pid}", ".step-3.other-1", ".hidden"):
-            (tmp_path / name).mkdir()
-        before = sorted(tmp_path.iterdir())
-        sweep(tmp_path)
-        assert sorted(tmp_path.iterdir()) == before
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    sweep(tmp_path, "step-1")
-    assert {path.name for path in tmp_path.iterdir()} == {f".step-2.replaced-{pid}", ".step-3.other-1", ".hidden"}
-    sweep(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"step-2", ".step-3.other-1", ".hidden"}

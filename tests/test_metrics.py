@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stream_rl.metrics import BUCKETS_PER_OCTAVE, Histogram, JsonLines, flatten, quantile, unflatten
+from stream_rl.metrics import BUCKETS_PER_OCTAVE, Histogram, JsonLines, flatten, quantile, read_lines, unflatten
 
 LIGHT = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 POSITIVE = st.floats(1e-300, 1e300)
@@ -95,6 +95,26 @@ def test_a_line_is_json_whatever_the_number(tmp_path: pathlib.Path, value: float
     lines.write({"age_p99": value, "deeper": {"still": value}, "several": [1.0, value]})
     lines.close()
     json.loads((tmp_path / "m.jsonl").read_text(), parse_constant=no_json)
+
+
+@pytest.mark.parametrize("left", ["", '{"step": 0}\n', '{"step": 0}\n{"st', '{"st'])
+def test_a_torn_line_stays_by_itself(tmp_path: pathlib.Path, left: str) -> None:
+    path = tmp_path / "learner.jsonl"
+    path.write_text(left)
+    for _ in range(2):
+        lines = JsonLines(path)
+        lines.write({"step": 1})
+        lines.close()
+    wanted = left if not left or left.endswith("\n") else left + "\n"
+    assert path.read_text() == wanted + '{"step": 1}\n' * 2
+    assert list(read_lines(path)) == [{"step": 0}] * left.startswith('{"step": 0}') + [{"step": 1}] * 2
+
+
+def test_what_is_no_whole_line_is_passed_over(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "m.jsonl"
+    assert list(read_lines(path)) == []
+    path.write_bytes(b'{"a": 1}\n\xff\n\0\0\0\n[2]\n\n{"a": 3}\n{"a": 4}')
+    assert list(read_lines(path)) == [{"a": 1}, {"a": 3}]
 
 
 NAMES = st.text("abc_/ ", min_size=1, max_size=4)

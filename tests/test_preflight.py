@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import shutil
 import socket
 import subprocess
 import sys
@@ -239,14 +238,3 @@ def test_prompt_data_that_cannot_travel_is_refused(directory: pathlib.Path) -> N
 def test_a_recipe_that_is_no_toml_is_refused(directory: pathlib.Path) -> None:
     (directory / "recipe.toml").write_text("[run\nname=")
     assert "TOML" in refusal(directory)
-
-
-def test_an_earlier_run_of_the_name_is_kept(directory: pathlib.Path) -> None:
-    from scripts.train import fresh_directory
-
-    first = fresh_directory(directory / "runs" / "name")
-    (first / "summary.json").write_text("{}")
-    second = fresh_directory(directory / "runs" / "name")
-    assert not (second / "summary.json").exists()
-    assert (directory / "runs" / "name.1" / "summary.json").exists()
-    shutil.rmtree(directory / "runs")

@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from typing import Any
 
 import psutil
 import pytest
-from run_command import PROCESSES, Command, Launch, alive
+from run_command import PROCESSES, ROOT, Command, Launch, alive
 
 from scripts.records import read
 
@@ -58,7 +60,32 @@ def test_ctrl_c_ends_every_process(launch: Launch) -> None:
     code = command.process.wait(40)
     assert code == 130, command.text()
     assert "stopped" in command.text()
+    assert f"go on with: stream-rl train {command.run} --resume" in command.text()
     assert alive(tree) == []
+
+
+@pytest.mark.long
+def test_rollouts_alone_are_kept_and_train_alone(launch: Launch) -> None:
+    command = launch(3, "--rollout-only")
+    command.wait_for_steps(1)
+    code, left = command.finish(240)
+    assert (code, left) == (0, []), command.text()
+    summary = json.loads((command.run / "summary.json").read_text())
+    assert summary["steps"] == summary["skipped_steps"] == summary["versions"] == 3
+    assert summary["conserved"] is True and summary["trained_tokens"] == 0
+    assert summary["weights_hash_engine"] == summary["weights_hash_learner"]
+    recipe = str(command.run.parents[1] / "recipe.toml")
+    alone = stream_rl("train", recipe, "run.name=alone", "--train-only", str(command.run))
+    assert alone.returncode == 0, alone.stderr
+    assert [line.split()[:3:2] for line in alone.stdout.splitlines()[:3]] == [["step", "loss"]] * 3
+    assert (command.run.parent / "alone" / "checkpoints" / "final" / "model.safetensors").exists()
+    refused = stream_rl("learner", "replay", str(command.run))
+    assert refused.returncode == 1 and "--train-only" in refused.stderr
+
+
+def stream_rl(*words: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "scripts.cli", *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
 
 
 def killed_for_good(launch: Launch, word: str, name: str) -> None:

@@ -17,6 +17,7 @@ import pytest
 from fake_processes import left, lives
 
 from scripts.processes import ProcessDied
+from scripts.runs import Run
 from scripts.supervisor import Allowance, Processes, Program, Restart
 from scripts.train import Stage, supervise
 from stream_rl import config
@@ -108,6 +109,23 @@ def test_one_restart_too_many_ends_the_run_and_says_so(directory: pathlib.Path) 
     assert "actor ended with status -9, after 2 restarts within 600 s (supervise.max_restarts); the end of" in text
     assert "logs/actor.log" in text
     assert [life["incarnation"] for life in lives(directory)] == [1, 2, 3]
+    assert left(directory) == set()
+
+
+def test_a_process_whose_next_incarnation_would_end_in_the_same_way_ends_the_run_in_its_own_words(
+    directory: pathlib.Path,
+) -> None:
+    async def body() -> None:
+        house = Household(directory)
+        async with house.keeping(program("learner")):
+            house.kill("learner", signal.SIGUSR1)
+            await asyncio.Event().wait()
+
+    with pytest.raises(ExceptionGroup) as caught:
+        asyncio.run(body())
+    [error] = caught.value.exceptions
+    assert isinstance(error, ProcessDied) and str(error) == "learner: it would only repeat"
+    assert [life["incarnation"] for life in lives(directory)] == [1]
     assert left(directory) == set()
 
 
@@ -339,7 +357,7 @@ def start(directory: pathlib.Path) -> Iterator[Start]:
 def run_in_child(directory: pathlib.Path) -> None:
     limits = json.loads((directory / "limits.json").read_text())
     with suppress(KeyboardInterrupt):
-        summary = supervise(fake_processes.recipe(directory, **limits), directory, table)
+        summary = supervise(Run("r", fake_processes.recipe(directory, **limits), "none"), table)
         (directory / "summary.json").write_text(json.dumps(summary))
         return
     sys.exit(130)

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from actors.tasks.cashier import Cashier, fewest_coins, part_of
 from actors.tasks.jsonl import JsonLines
+from engines.megatron.model_shape import FAMILIES
 from scripts.tiny_model import EOS, PAD, create
 from stream_rl import config
 from stream_rl.errors import ConfigError, TaskError
@@ -226,11 +227,12 @@ def test_the_tiny_model_is_small_reproducible_and_its_text_round_trips(tmp_path:
     assert tokenizer.id_to_token(settings["pad_token_id"]) == PAD
 
 
-def test_transformers_loads_the_tiny_model(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("architecture", sorted(FAMILIES))
+def test_transformers_loads_the_tiny_model(tmp_path: pathlib.Path, architecture: str) -> None:
     from tests import huggingface_reference  # noqa: F401  its import makes transformers importable beside a CPU torch
 
     transformers = pytest.importorskip("transformers")
-    create(tmp_path)
+    create(tmp_path, architecture=architecture)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = "00709=C00209 x\n"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
@@ -238,6 +240,7 @@ def test_transformers_loads_the_tiny_model(tmp_path: pathlib.Path) -> None:
     model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
+    assert type(model).__name__ == architecture
     assert model.config.eos_token_id == tokenizer.eos_token_id
 
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from weights_builders import random_bits
 
@@ -259,6 +259,7 @@ def test_a_step_fits_its_width() -> None:
 
 @LIGHT
 @given(SEEDS, st.lists(st.tuples(st.sampled_from(DTYPES), SIZES, SHARES), max_size=6), st.sampled_from(Code))
+@example(0, [(torch.float32, 0, 0.0), (torch.float32, 1, 0.0)], Code.FAST)  # a frame of no bytes, and then one
 def test_a_payload_brings_every_tensor_from_old_to_new(
     seed: int, made: list[tuple[torch.dtype, int, float]], code: Code
 ) -> None:

@@ -2,17 +2,22 @@
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
+from engines.megatron.shards import Runs, whole
 from stream_rl.errors import ConfigError, WeightsError
 
 _INDEX = ".safetensors.index.json"
@@ -28,8 +33,25 @@ _COPIED = (
 )
 """What a checkpoint holds beside its weights; none of it changes in training."""
 SHARD_BYTES = 4 << 30
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+"""By safetensors' names: those that we train in and keep states in."""
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>writing|replaced)-(?P<pid>\d+)")
 """What a save puts beside the directory that it writes."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPart:
+    """What one file holds of a tensor; [a:b] reads the elements from a to b of what it holds."""
+
+    elements: int
+    """Of the whole tensor."""
+    runs: Runs
+    dtype: torch.dtype
+    stored: Any
+
+    def __getitem__(self, wanted: slice) -> Tensor:
+        read: Tensor = self.stored[wanted]
+        return read
 
 
 class CheckpointTensors(Mapping[str, Tensor]):
@@ -57,11 +79,32 @@ class CheckpointTensors(Mapping[str, Tensor]):
         tensor: Tensor = self._files[name].get_tensor(name)
         return tensor
 
+    def part(self, name: str) -> StoredPart:
+        """The whole tensor, of which parts can be read."""
+        stored = self._files[name].get_slice(name)
+        shape = stored.get_shape()
+        elements = math.prod(shape)
+        rows = stored if len(shape) < 2 else _Rows(stored, elements // max(shape[0], 1))
+        return StoredPart(elements, whole(elements), DTYPES[stored.get_dtype()], rows)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
     def __len__(self) -> int:
         return len(self._files)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """A stored tensor as if it were flat."""
+
+    stored: Any
+    width: int
+
+    def __getitem__(self, wanted: slice) -> Tensor:
+        first = wanted.start // self.width
+        rows: Tensor = self.stored[first : -(-wanted.stop // self.width)].reshape(-1)
+        return rows[wanted.start - first * self.width : wanted.stop - first * self.width]
 
 
 def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
@@ -117,9 +160,9 @@ def replacing(directory: pathlib.Path) -> Iterator[pathlib.Path]:
         new.mkdir(parents=True)
         yield new
         for path in [*new.rglob("*"), new]:
-            _sync(path)
+            sync(path)
         _replace(new, directory)
-        _sync(directory.parent)
+        sync(directory.parent)
     except (OSError, safetensors.SafetensorError) as error:
         raise WeightsError(f"cannot write {directory}: {error}; make room, or give another place") from error
     finally:
@@ -156,10 +199,15 @@ def _in_use(pid: int) -> bool:
 
 
 def write_tensors(
-    directory: pathlib.Path, stem: str, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES
+    directory: pathlib.Path,
+    stem: str,
+    tensors: Iterable[tuple[str, Tensor]],
+    shard_bytes: int = SHARD_BYTES,
+    metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write named tensors as STEM.safetensors, or as several files with an index; no more than one file is in memory.
 
+    metadata: for each file.
     Raises WeightsError if there are none.
     """
     shards: list[tuple[pathlib.Path, list[str]]] = []
@@ -167,9 +215,9 @@ def write_tensors(
     pending_bytes = total_bytes = 0
 
     def write() -> None:
-        path = directory / f"shard-{len(shards)}"
+        path = directory / f"{stem}-{len(shards)}.part"
         # SGLang and transformers look for the format in the metadata.
-        safetensors.torch.save_file(pending, path, metadata={"format": "pt"})
+        safetensors.torch.save_file(pending, path, metadata={"format": "pt", **metadata})
         shards.append((path, list(pending)))
         pending.clear()
 
@@ -208,7 +256,8 @@ def _replace(new: pathlib.Path, directory: pathlib.Path) -> None:
     shutil.rmtree(old)
 
 
-def _sync(path: pathlib.Path) -> None:
+def sync(path: pathlib.Path) -> None:
+    """Until a file's content, or a directory's names, would outlive a power loss."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -24,8 +24,15 @@ with warnings.catch_warnings():
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler as OptimizerParamScheduler
     from megatron.core.packed_seq_params import PackedSeqParams as PackedSeqParams
     from megatron.core.pipeline_parallel import get_forward_backward_func as get_forward_backward_func
+    from megatron.core.tensor_parallel import ColumnParallelLinear as ColumnParallelLinear
+    from megatron.core.tensor_parallel import RowParallelLinear as RowParallelLinear
+    from megatron.core.tensor_parallel import VocabParallelEmbedding as VocabParallelEmbedding
+    from megatron.core.tensor_parallel import (
+        gather_from_sequence_parallel_region as gather_from_sequence_parallel_region,
+    )
     from megatron.core.tensor_parallel import get_cuda_rng_tracker as get_cuda_rng_tracker
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed as model_parallel_cuda_manual_seed
     from megatron.core.transformer.module import Float16Module as Float16Module
     from megatron.core.transformer.module import MegatronModule as MegatronModule
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules as TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig as TransformerConfig

@@ -3,68 +3,47 @@
 Pure functions over tensors.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from engines.megatron.layout import EMBEDDING, FINAL_NORM, OUTPUT, layout
-from engines.megatron.model_shape import ModelShape
+from engines.megatron.layout import EMBEDDING, FINAL_NORM, OUTPUT, VALUE_HEAD, layout
+from engines.megatron.model_shape import ModelShape, expected_shapes
 from stream_rl.errors import WeightsError
 
 _SAME_LAYOUT = (
     ("input_layernorm.weight", "input_layernorm.weight"),
-    ("self_attention.q_layernorm.weight", "self_attn.q_norm.weight"),
-    ("self_attention.k_layernorm.weight", "self_attn.k_norm.weight"),
     ("self_attention.linear_proj.weight", "self_attn.o_proj.weight"),
     ("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
     ("mlp.linear_fc2.weight", "mlp.down_proj.weight"),
 )
 """Of one layer: megatron-core's name, the checkpoint's name."""
-_QKV = ("self_attention.linear_qkv.weight", tuple(f"self_attn.{part}_proj.weight" for part in "qkv"))
+_QK_NORM = tuple((f"self_attention.{part}_layernorm.weight", f"self_attn.{part}_norm.weight") for part in "qk")
 _GATE_UP = ("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"))
 
 
 def fuse_qkv(shape: ModelShape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """[heads * d, h], [kv_heads * d, h] twice -> [(heads + 2 kv_heads) * d, h], interleaved by key head."""
-    parts = [part.reshape(shape.kv_heads, -1, shape.head_dim, part.shape[-1]) for part in (query, key, value)]
+    """[heads * d, h], [kv_heads * d, h] twice -> [(heads + 2 kv_heads) * d, h], interleaved by key head.
+
+    Biases have no h.
+    """
+    parts = [part.reshape(shape.kv_heads, -1, shape.head_dim, *part.shape[1:]) for part in (query, key, value)]
     return torch.cat(parts, dim=1).flatten(0, 2)
 
 
-def expected_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """The checkpoint's tensors and their shapes, in its order."""
-    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    layer = {
-        "input_layernorm.weight": (shape.hidden_size,),
-        "self_attn.q_proj.weight": (query, shape.hidden_size),
-        "self_attn.k_proj.weight": (key, shape.hidden_size),
-        "self_attn.v_proj.weight": (key, shape.hidden_size),
-        "self_attn.q_norm.weight": (shape.head_dim,),
-        "self_attn.k_norm.weight": (shape.head_dim,),
-        "self_attn.o_proj.weight": (shape.hidden_size, query),
-        "post_attention_layernorm.weight": (shape.hidden_size,),
-        "mlp.gate_proj.weight": (shape.ffn_size, shape.hidden_size),
-        "mlp.up_proj.weight": (shape.ffn_size, shape.hidden_size),
-        "mlp.down_proj.weight": (shape.hidden_size, shape.ffn_size),
-    }
-    expected: dict[str, tuple[int, ...]] = {EMBEDDING[1]: (shape.vocab_size, shape.hidden_size)}
-    for index in range(shape.layers):
-        expected |= {f"model.layers.{index}.{name}": size for name, size in layer.items()}
-    expected[FINAL_NORM[1]] = (shape.hidden_size,)
-    if not shape.tied:
-        expected[OUTPUT[1]] = (shape.vocab_size, shape.hidden_size)
-    return expected
+def checked_tensors(shape: ModelShape, weights: Mapping[str, Tensor]) -> Callable[[str], Tensor]:
+    """The checkpoint's tensors by name, each looked at when it is asked for.
 
-
-def to_megatron(shape: ModelShape, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """megatron-core's parameters, one at a time, from the checkpoint's tensors.
-
-    Raises WeightsError if a tensor is missing, has another shape or dtype than config.json says, or is not known.
+    Raises WeightsError, at once, if one is missing or not known; and of one that is asked for, if it has another shape
+    or dtype than config.json says.
     """
     expected = expected_shapes(shape)
-    # Checkpoints of tied models may hold the output layer as well; it is the embedding again.
-    ignored = {OUTPUT[1]} if shape.tied else set()
-    missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys() - ignored)
+    # Checkpoints of tied models may hold the output layer as well; it is the embedding again.  A critic has none, and
+    # its value head begins at 0 in a checkpoint of a policy.
+    ignored = {OUTPUT[1]} if shape.tied or shape.value_head else set()
+    missing = sorted(expected.keys() - weights.keys() - {VALUE_HEAD[1]})
+    unknown = sorted(weights.keys() - expected.keys() - ignored)
     if missing or unknown:
         raise WeightsError(
             f"the checkpoint does not fit its config.json ({shape.architecture}, {shape.layers} layers): "
@@ -72,6 +51,8 @@ def to_megatron(shape: ModelShape, weights: Mapping[str, Tensor]) -> Iterator[tu
         )
 
     def get(name: str) -> Tensor:
+        if name == VALUE_HEAD[1] and name not in weights:
+            return torch.zeros(expected[name], dtype=getattr(torch, shape.dtype))
         tensor = weights[name]
         wanted = (getattr(torch, shape.dtype), expected[name])
         if (tensor.dtype, tuple(tensor.shape)) != wanted:
@@ -81,15 +62,28 @@ def to_megatron(shape: ModelShape, weights: Mapping[str, Tensor]) -> Iterator[tu
             )
         return tensor
 
+    return get
+
+
+def to_megatron(shape: ModelShape, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """megatron-core's parameters, one at a time, from the checkpoint's tensors.
+
+    Raises WeightsError if a tensor is missing, has another shape or dtype than config.json says, or is not known.
+    """
+    get = checked_tensors(shape, weights)
     yield EMBEDDING[0], get(EMBEDDING[1])
     for index in range(shape.layers):
         ours, theirs = f"decoder.layers.{index}.", f"model.layers.{index}."
-        for name, checkpoint_name in _SAME_LAYOUT:
+        for name, checkpoint_name in _SAME_LAYOUT + (_QK_NORM if shape.family.qk_norm else ()):
             yield ours + name, get(theirs + checkpoint_name)
-        yield ours + _QKV[0], fuse_qkv(shape, *(get(theirs + part) for part in _QKV[1]))
+        for kind in shape.family.qkv_tensors:
+            parts = (get(f"{theirs}self_attn.{part}_proj.{kind}") for part in "qkv")
+            yield f"{ours}self_attention.linear_qkv.{kind}", fuse_qkv(shape, *parts)
         yield ours + _GATE_UP[0], torch.cat([get(theirs + part) for part in _GATE_UP[1]])
     yield FINAL_NORM[0], get(FINAL_NORM[1])
-    if not shape.tied:
+    if shape.value_head:
+        yield VALUE_HEAD[0], get(VALUE_HEAD[1])
+    elif not shape.tied:
         yield OUTPUT[0], get(OUTPUT[1])
 
 

@@ -1,9 +1,10 @@
 """Where the elements of megatron-core's parameters lie in a Hugging Face checkpoint: one description, for whole weights
 and for single changed elements.
 
-megatron-core fuses query, key and value, interleaved by key head (the query heads that a key head serves, then its key,
-then its value), and stacks the MLP's gate on its up projection.  Tensor parallelism cuts query, key, value, gate, up
-and the vocabulary by rows, the output and down projections by columns.  Pipeline stages count their layers from 0.
+megatron-core fuses query, key and value, weights and biases alike, interleaved by key head (the query heads that a key
+head serves, then its key, then its value), and stacks the MLP's gate on its up projection.  Tensor parallelism cuts
+query, key, value, gate, up and the vocabulary by rows, the output and down projections by columns.  Pipeline stages
+count their layers from 0.
 """
 
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from stream_rl.errors import ConfigError
 EMBEDDING = ("embedding.word_embeddings.weight", "model.embed_tokens.weight")
 FINAL_NORM = ("decoder.final_layernorm.weight", "model.norm.weight")
 OUTPUT = ("output_layer.weight", "lm_head.weight")
+VALUE_HEAD = (OUTPUT[0], "value_head.weight")
 """megatron-core's name, the checkpoint's name."""
 
 
@@ -103,7 +105,9 @@ def layout(shape: ModelShape, place: Place = WHOLE) -> dict[str, list[Box]]:
         boxes |= {f"decoder.layers.{index}.{name}": found for name, found in _layer(theirs, shape, place)}
     if place.last_stage:
         boxes[FINAL_NORM[0]] = _replicated(FINAL_NORM[1], shape.hidden_size, place)
-        if not shape.tied:
+        if shape.value_head:
+            boxes[VALUE_HEAD[0]] = _replicated(VALUE_HEAD[1], shape.hidden_size, place)
+        elif not shape.tied:
             boxes[OUTPUT[0]] = _vocabulary(OUTPUT[1], shape, place, vocab_rows)
         elif not place.first_stage:
             boxes[OUTPUT[0]] = []
@@ -112,13 +116,14 @@ def layout(shape: ModelShape, place: Place = WHOLE) -> dict[str, list[Box]]:
 
 def _layer(theirs: str, shape: ModelShape, place: Place) -> Iterator[tuple[str, list[Box]]]:
     rank, size, hidden = place.tp_rank, place.tp_size, shape.hidden_size
-    for ours, name, elements in (
-        ("input_layernorm.weight", "input_layernorm.weight", hidden),
-        ("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", shape.head_dim),
-        ("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", shape.head_dim),
-        ("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", hidden),
+    for ours, name in (
+        ("input_layernorm.weight", "input_layernorm.weight"),
+        ("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
     ):
-        yield ours, _replicated(theirs + name, elements, place)
+        yield ours, _replicated(theirs + name, hidden, place)
+    for part in "qk" if shape.family.qk_norm else "":
+        name = f"{theirs}self_attn.{part}_norm.weight"
+        yield f"self_attention.{part}_layernorm.weight", _replicated(name, shape.head_dim, place)
     for ours, name, columns in (
         ("self_attention.linear_proj.weight", "self_attn.o_proj.weight", shape.heads * shape.head_dim),
         ("mlp.linear_fc2.weight", "mlp.down_proj.weight", shape.ffn_size),
@@ -127,17 +132,23 @@ def _layer(theirs: str, shape: ModelShape, place: Place) -> Iterator[tuple[str, 
         by_rows = Box(theirs + name, elements, hidden, width, 0, width, rank * width, columns)
         yield ours, [by_rows if size > 1 else _run(theirs + name, elements, elements)]
 
-    head, queries, groups = shape.head_dim * hidden, shape.heads // shape.kv_heads, shape.kv_heads // size
-    qkv, stride, offset = [], (queries + 2) * head, 0
-    for part, heads in (("q", queries), ("k", 1), ("v", 1)):
-        name, width = f"{theirs}self_attn.{part}_proj.weight", heads * head
-        qkv.append(Box(name, shape.kv_heads * width, groups, width, offset, stride, rank * groups * width, width))
-        offset += width
-    yield "self_attention.linear_qkv.weight", qkv
+    for kind in shape.family.qkv_tensors:
+        yield f"self_attention.linear_qkv.{kind}", list(_qkv(theirs, kind, shape, place))
     half = shape.ffn_size // size * hidden
     names = (f"{theirs}mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight")
     gate_up = [_run(name, size * half, half, i * half, rank * half) for i, name in enumerate(names)]
     yield "mlp.linear_fc1.weight", gate_up
+
+
+def _qkv(theirs: str, kind: str, shape: ModelShape, place: Place) -> Iterator[Box]:
+    columns = shape.hidden_size if kind == "weight" else 1
+    head, queries, groups = shape.head_dim * columns, shape.heads // shape.kv_heads, shape.kv_heads // place.tp_size
+    stride, offset = (queries + 2) * head, 0
+    for part, heads in (("q", queries), ("k", 1), ("v", 1)):
+        name, width = f"{theirs}self_attn.{part}_proj.{kind}", heads * head
+        to_offset = place.tp_rank * groups * width
+        yield Box(name, shape.kv_heads * width, groups, width, offset, stride, to_offset, width)
+        offset += width
 
 
 def _run(name: str, elements: int, width: int, offset: int = 0, to_offset: int = 0) -> Box:

@@ -9,7 +9,8 @@ from stream_rl.errors import ConfigError
 
 _OURS = {
     **dict.fromkeys(("bf16", "fp16", "params_dtype"), "it comes from the model's config.json"),
-    **dict.fromkeys(("use_distributed_optimizer", "overlap_param_gather", "timers"), "the learner is one process"),
+    **dict.fromkeys(("use_distributed_optimizer", "overlap_param_gather"), "set it in learner.ddp"),
+    "timers": "a recipe cannot hold them",
     "min_lr": "set schedule.min_lr",
 }
 _SCHEDULE_OURS = {
@@ -35,7 +36,12 @@ def build_optimizer(
     arguments = _schedule_arguments(section, schedule, checked)
     model_config = model.config
     config = core.OptimizerConfig(
-        **checked, min_lr=arguments["min_lr"], bf16=model_config.bf16, params_dtype=model_config.params_dtype
+        **checked,
+        min_lr=arguments["min_lr"],
+        bf16=model_config.bf16,
+        params_dtype=model_config.params_dtype,
+        use_distributed_optimizer=model.ddp_config.use_distributed_optimizer,
+        overlap_param_gather=model.ddp_config.overlap_param_gather,
     )
     try:
         # Without the overrides megatron-core decays norms too (since 0.16).

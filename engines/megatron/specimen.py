@@ -11,8 +11,7 @@ from torch import Tensor
 
 from engines.megatron import core
 from engines.megatron.checkpoint import write_tensors
-from engines.megatron.huggingface import expected_shapes
-from engines.megatron.model_shape import ModelShape
+from engines.megatron.model_shape import ModelShape, expected_shapes
 
 QWEN3 = ModelShape(
     architecture="Qwen3ForCausalLM",

@@ -6,7 +6,10 @@ import pathlib
 import click
 
 from scripts.bench.codec import codec
+from scripts.bench.learner import learner
+from scripts.bench.learner_gap import learner_gap
 from scripts.bench.publish import publish
+from scripts.bench.staleness import staleness
 from scripts.bench.updates import updates
 
 
@@ -34,5 +37,8 @@ def queue(tokens: int, requests: int, path: pathlib.Path | None, fsync: bool) ->
 
 
 bench.add_command(codec)
+bench.add_command(learner)
+bench.add_command(learner_gap)
 bench.add_command(publish)
+bench.add_command(staleness)
 bench.add_command(updates)

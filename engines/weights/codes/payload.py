@@ -174,8 +174,8 @@ def _fast_deltas(frames: list[ByteArray], tensors: Sequence[Known]) -> list[Spar
 
 def _joined(frames: Sequence[ByteArray]) -> ByteArray:
     """Neighbours in one payload as one, without a copy."""
-    size = sum(frame.size for frame in frames)
-    return np.lib.stride_tricks.as_strided(frames[0], (size,), (1,))
+    first = next((frame for frame in frames if frame.size), frames[0])  # numpy says of an empty one that it begins at 0
+    return np.lib.stride_tricks.as_strided(first, (sum(frame.size for frame in frames),), (1,))
 
 
 def _dense_bits(frame: ByteArray, tensor: Known) -> torch.Tensor:
