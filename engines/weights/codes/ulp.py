@@ -32,10 +32,6 @@ class SparseDelta:
     def changed(self) -> int:
         return self.indices.numel()
 
-    def sum_of_magnitudes(self) -> int:
-        """Of the steps: how far the tensor moved."""
-        return int(self.steps.to(torch.int64).abs().sum())
-
 
 def ordinal(bits: torch.Tensor) -> torch.Tensor:
     """Bits to ordinals; its own inverse."""
