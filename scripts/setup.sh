@@ -36,7 +36,7 @@ if ! is_python311 "$venv/bin/python"; then
         fail "'$python -m venv $venv' failed; on Debian and Ubuntu the package python3.11-venv is needed"
 fi
 
-echo "set-up: 1 of 3, torch for the CPU (about half a minute)"
+echo "set-up: 1 of 4, torch for the CPU (about half a minute)"
 if [[ -n ${TORCH_WHEEL:-} ]]; then
     from=("$TORCH_WHEEL")
 else
@@ -47,12 +47,22 @@ pip install --no-deps "${from[@]}" ||
         "    make TORCH_INDEX=https://download.pytorch.org/whl/cpu    (an index that has it)" \
         "    make TORCH_WHEEL=/path/to/the.whl                        (a wheel of it: file or URL)"
 
-echo "set-up: 2 of 3, $(grep -c == "$lock") pinned packages (about a minute and a half)"
+echo "set-up: 2 of 4, $(grep -c == "$lock") pinned packages (about a minute and a half)"
 grep -v '^torch==' "$lock" >"$venv/requirements.txt"
 pip install --no-deps -r "$venv/requirements.txt"
 
-echo "set-up: 3 of 3, this project"
+echo "set-up: 3 of 4, this project"
 pip install --no-deps --no-build-isolation --editable .
 "$venv/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' ||
     fail "the torch that was installed is no CPU build; name one with TORCH_INDEX or TORCH_WHEEL"
+echo "set-up: 4 of 4, bubblewrap, for tasks with a sandbox"
+if [[ ! -x $venv/bin/bwrap ]] && ! command -v bwrap >/dev/null; then
+    # Debian's package, unpacked: no root is needed
+    package=$(mktemp -d)
+    trap 'rm -rf "$package"' EXIT
+    (cd "$package" && apt-get -qq download bubblewrap && dpkg-deb --extract bubblewrap_*.deb .) &>"$package/log" &&
+        install -m 755 "$package/usr/bin/bwrap" "$venv/bin/bwrap" ||
+        echo "set-up: there is none: apt-get download bubblewrap did not work ($(tail -n 1 "$package/log"))." \
+            "Only tasks with a sandbox need it; to have it, install the package bubblewrap" >&2
+fi
 echo "set-up: done, in $venv"
