@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-long test-gpu lint format clean
+.PHONY: help setup quickstart agent test test-long test-gpu lint format clean
 
 export PYTHON TORCH_INDEX TORCH_WHEEL
 # Without bytecode SGLang compiles itself again at each start, in three processes.
@@ -15,6 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make quickstart   train a small model with the whole system and show that it learned (about 3 minutes)"
+	@echo "make agent        the same with a task of many turns and two tools (about 4 minutes)"
 	@echo "make test         lint, then every test that needs neither a GPU nor patience"
 	@echo "make test-long    crashes, many versions, full matrices"
 	@echo "make test-gpu     tests that need a CUDA device"
@@ -36,6 +37,10 @@ quickstart: $(READY)
 	@$(BIN)/stream-rl model tiny runs/models/quickstart
 	@$(BIN)/stream-rl train recipes/quickstart.toml
 
+agent: $(READY)
+	@$(BIN)/stream-rl model tiny runs/models/quickstart
+	@$(BIN)/stream-rl train recipes/agent.toml
+
 test: lint
 	$(BIN)/pytest -m "not long and not gpu"
 
@@ -43,7 +48,7 @@ test-long: $(READY)
 	$(BIN)/pytest -m long
 
 test-gpu: $(READY)
-	$(BIN)/pytest -m gpu
+	$(BIN)/pytest -m gpu -v -rs
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -53,7 +53,8 @@ def token_kinds(lease: Lease) -> TokenKinds:
             "lease_sequences",
             f"lease of step {lease.step} has a trajectory that begins with no prompt",
         )
-    return TokenKinds(lengths=lease.lengths, sampled=sampled, trainable=trainable)
+    episodes = lease.groups << 32 | lease.episodes
+    return TokenKinds(lengths=lease.lengths, sampled=sampled, trainable=trainable, episodes=episodes)
 
 
 def scored(lease: Lease, views: Views = NO_VIEWS) -> Scored:

@@ -30,10 +30,13 @@ class Checkpoints:
         self._engine, self._beside = engine, beside
         self._writing: asyncio.Task[None] | None = None
 
-    async def begin(self, group: asyncio.TaskGroup, version: Version) -> None:
+    async def begin(self, group: asyncio.TaskGroup, version: Version, last: bool = False) -> None:
         """Take a snapshot of what the engine is, as `version`, and have it written.  The one before it must be
-        durable, and the weights must not change until this returns."""
-        directory = directory_of(self._recipe, version)
+        durable, and the weights must not change until this returns.
+
+        last: no step comes after it, although `run.steps` were not taken.
+        """
+        directory = directory_of(self._recipe, version, last)
         saving = await asyncio.to_thread(
             self._engine.begin_checkpoint, directory, version, self._run, **self._beside.trained
         )
@@ -51,9 +54,9 @@ class Checkpoints:
             await asyncio.to_thread(resume.retire, directory.parent, version.step)
 
 
-def directory_of(recipe: config.Recipe, version: Version) -> pathlib.Path:
+def directory_of(recipe: config.Recipe, version: Version, last: bool = False) -> pathlib.Path:
     """Where the checkpoint of a version lies."""
-    name = FINAL if version.step >= recipe.run.steps else resume.directory_name(version.step)
+    name = FINAL if last or version.step >= recipe.run.steps else resume.directory_name(version.step)
     return recipe.run_directory / "checkpoints" / name
 
 

@@ -13,6 +13,8 @@ ABORT_SECONDS = 5.0
 """Longest that an engine may take to hear an abort; one that hangs is restarted anyway, with all that it was doing."""
 PROBE_SECONDS = 0.5
 """Between two looks at engines that are not up; also the longest that an answer may take."""
+OVERLOAD = 8
+"""Requests.  Below this a prefix that is there is worth more than an even load."""
 
 
 class EnginePool:
@@ -67,12 +69,19 @@ class EnginePool:
             if not all(answers):
                 await asyncio.sleep(PROBE_SECONDS)
 
-    async def pick(self) -> EngineClient:
+    async def pick(self, prefer: EngineClient | None = None) -> EngineClient:
         """The engine with the fewest of our requests that is up.  Waits while there is none, for as long as the
-        supervisor lets a run stand still."""
+        supervisor lets a run stand still.
+
+        prefer: has the prefix; taken unless it is not up, or overloaded: with more than twice the fewest and
+        `OVERLOAD` more.
+        """
         async with self._changed:
             await self._changed.wait_for(lambda: bool(self._trusted))
-        return min(self._trusted, key=lambda client: client.in_flight)
+        fewest = min(self._trusted, key=lambda client: client.in_flight)
+        if prefer in self._trusted and prefer.in_flight <= 2 * fewest.in_flight + OVERLOAD:
+            return prefer
+        return fewest
 
     async def doubt(self, client: EngineClient) -> None:
         """It could not be reached just now."""

@@ -1,4 +1,4 @@
-"""Held-out evaluation: each prompt sampled once, whatever happens to the engines meanwhile."""
+"""Held-out evaluation: an episode of each prompt, once, whatever happens to the engines meanwhile."""
 
 import asyncio
 import itertools
@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from actors.engine_pool import EnginePool
-from actors.rewards import RewardFailure, RewardPool
+from actors.episodes import Branch, Episode, Episodes, Player
+from actors.rewards import Score
 from actors.sampling import Sampling
-from engines.sglang.client import EngineUnreachable, Generation
+from engines.sglang.client import EngineClient, EngineUnreachable, Generation
 from stream_rl import config
 from stream_rl.errors import EngineError
 from stream_rl.task import Prompt
@@ -29,55 +30,117 @@ class Heldout:
         recipe: config.Recipe,
         prompts: Sequence[Prompt],
         engines: EnginePool,
-        rewards: RewardPool,
+        player: Player,
         sampling: Sampling,
+        episodes: Episodes,
+        deadline_s: float | None = None,
     ) -> None:
-        self._prompts, self._engines, self._rewards, self._sampling = prompts, engines, rewards, sampling
+        self._prompts, self._engines, self._player, self._sampling = prompts, engines, player, sampling
+        self._episodes, self._deadline_s = episodes, deadline_s
         self._concurrency = recipe.rollout.heldout_concurrency
         self._patience = (
             recipe.supervise.silence_timeout_s + recipe.engine.start_timeout_s + recipe.rollout.request_timeout_s
         )
-        """Longest that one prompt may take: until its engine is found lost, has been restarted, and has answered."""
+        """Longest that one turn may take: until its engine is found lost, has been restarted, and has answered."""
 
     async def evaluate(self, name: str) -> Float32Array:
-        """[prompts] rewards; a reward that fails counts as 0.  `name` goes into the request ids: no two evaluations of
-        a run may share it.
+        """[prompts] rewards; an episode that fails counts as 0.  `name` goes into the request ids: no two evaluations
+        of a run may share it.
 
         Raises EngineError if an engine refuses a prompt, or none answers it.
         """
         places = asyncio.Semaphore(self._concurrency)
         rewards = np.zeros(len(self._prompts), np.float32)
 
-        async def one(i: int, prompt: Prompt) -> None:
+        async def one(i: int, prompt: Prompt, tasks: asyncio.TaskGroup) -> None:
             async with places:
-                generation = await self._answer(f"{name}-{i}", self._sampling.encode(prompt.text))
+                course = _Course(f"{name}-{i}", self._engines, self._sampling, tasks, self._patience)
+                trunk = Branch(i, 0)
+                limits = self._sampling.limits
+                episode = Episode(prompt, trunk, course, self._player, limits, tasks, self._deadline_s)
+                self._episodes.add(episode)
+                episode.start()
                 try:
-                    score = await self._rewards.score(prompt, self._sampling.decode(generation.token_ids))
-                    rewards[i] = score.reward
-                except RewardFailure as failure:
-                    log.warning("held-out prompt %d: %s", i, failure)
+                    rewards[i] = await course.reward
+                finally:
+                    self._episodes.discard(episode)
+                    episode.end("drained")
 
-        async with asyncio.TaskGroup() as group:
+        async with asyncio.TaskGroup() as tasks:
             for i, prompt in enumerate(self._prompts):
-                group.create_task(one(i, prompt))
+                tasks.create_task(one(i, prompt, tasks))
         return rewards
 
-    async def _answer(self, name: str, ids: list[int]) -> Generation:
+
+class _Course:
+    """Of one episode that nobody trains on: engines, and no queue."""
+
+    def __init__(
+        self, name: str, engines: EnginePool, sampling: Sampling, tasks: asyncio.TaskGroup, patience_s: float
+    ) -> None:
+        self._name, self._engines, self._sampling = name, engines, sampling
+        self._tasks: asyncio.TaskGroup = tasks
+        self._patience_s = patience_s
+        self._requests, self._members = itertools.count(), itertools.count(1)
+        self._engine: EngineClient | None = None
+        """That has the prefix."""
+        self._turns: set[asyncio.Task[None]] = set()
+        self.reward: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+
+    async def branch(self, episode: Episode, token_ids: list[int]) -> Branch:
+        branch = Branch(episode.group, next(self._members))
+        branch.extend(token_ids)
+        return branch
+
+    def sample(
+        self, branch: Branch, token_ids: list[int], end: int, stop: Sequence[str], turn: asyncio.Future[None]
+    ) -> None:
+        branch.extend(token_ids)
+        task = self._tasks.create_task(self._sample(branch, end, stop, turn))
+        self._turns.add(task)
+        task.add_done_callback(self._turns.discard)
+
+    async def done(self, episode: Episode, score: Score) -> None:
+        self._over(score.reward)
+
+    def failed(self, episode: Episode, reason: str) -> None:
+        log.warning("held-out prompt %d: %s", episode.group, reason)
+        self._over(0.0)
+        episode.end(reason)
+
+    def _over(self, reward: float) -> None:
+        for task in self._turns:
+            task.cancel()
+        if not self.reward.done():
+            self.reward.set_result(reward)
+
+    async def _sample(self, branch: Branch, end: int, stop: Sequence[str], turn: asyncio.Future[None]) -> None:
+        generation = await self._answer(branch.token_ids, end - len(branch.token_ids), stop)
+        branch.extend(generation.token_ids, generation.logprobs)
+        branch.finish = generation.finish
+        if not turn.done():
+            turn.set_result(None)
+
+    async def _answer(self, ids: list[int], max_new_tokens: int, stop: Sequence[str]) -> Generation:
         """Ask until it is answered.  An engine that dies, hangs or aborts is not the prompt's fault."""
+        parameters = self._sampling.parameters(max_new_tokens, stop)
         try:
-            async with asyncio.timeout(self._patience):
-                for attempt in itertools.count():
-                    if (generation := await self._ask(f"{name}-{attempt}.", ids)) is not None:
+            async with asyncio.timeout(self._patience_s):
+                while True:
+                    rid = f"{self._name}-{next(self._requests)}."
+                    if (generation := await self._ask(rid, ids, parameters)) is not None:
                         return generation
                     await asyncio.sleep(AGAIN_AFTER_SECONDS)
         except TimeoutError:
             pass
-        raise EngineError(f"no engine answered held-out prompt {name} in {self._patience:.0f} s; see the engines' logs")
+        raise EngineError(
+            f"no engine answered held-out prompt {self._name} in {self._patience_s:.0f} s; see the engines' logs"
+        )
 
-    async def _ask(self, rid: str, ids: list[int]) -> Generation | None:
-        engine = await self._engines.pick()
+    async def _ask(self, rid: str, ids: list[int], parameters: dict[str, object]) -> Generation | None:
+        engine = self._engine = await self._engines.pick(self._engine)
         try:
-            generation = await engine.generate(rid, ids, self._sampling.parameters(self._sampling.max_new_tokens))
+            generation = await engine.generate(rid, ids, parameters)
         except EngineUnreachable as error:
             await self._engines.doubt(engine)
             log.warning("%s: %s", rid, error)

@@ -16,6 +16,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from actors import leases
 from actors.checkpoints import Checkpoints, recover
 from actors.hand_over import HandOver, anchor_parts
@@ -69,6 +71,8 @@ class LearnerLoop:
         """Steps that were, in a row."""
         self._settled = 0.0
         """When the last step ended, or the first lease came: waiting for engines to start is not idleness."""
+        self._began = math.inf
+        """When the first lease came."""
 
     async def train(self) -> None:
         """Consumes: leases.  Waits for: the queue to fill one.  Produces: steps, versions, checkpoints.
@@ -82,14 +86,15 @@ class LearnerLoop:
         self.hand_over.begin(version)
         patience = recipe.queue.lease_timeout_s + recipe.engine.start_timeout_s  # the first lease waits for engines too
         async with asyncio.TaskGroup() as saving:
-            while version.step < recipe.run.steps:
+            while version.step < recipe.run.steps and not self._is_time_up():
                 version = await self._step(version, patience)
                 patience = recipe.queue.lease_timeout_s
                 every = recipe.learner.checkpoint_every
-                if every and version.step % every == 0 and version.step < recipe.run.steps:
+                over = version.step >= recipe.run.steps or self._is_time_up()
+                if every and version.step % every == 0 and not over:
                     await self._checkpoint(saving, version)
             if not (self._saved and version == self._first):
-                await self._checkpoint(saving, version)
+                await self._checkpoint(saving, version, last=True)
             await self._checkpoints.durable()
         async with self._weights:
             weights_sum = await asyncio.to_thread(fingerprint.model_sum, self._engine.named_weights())
@@ -98,10 +103,10 @@ class LearnerLoop:
         await self._session.request(done, Done)
         log.info("done at version %s", version)
 
-    async def _checkpoint(self, saving: asyncio.TaskGroup, version: Version) -> None:
+    async def _checkpoint(self, saving: asyncio.TaskGroup, version: Version, last: bool = False) -> None:
         await self._checkpoints.durable()  # while anchors may be taken
         async with self._weights:
-            await self._checkpoints.begin(saving, version)
+            await self._checkpoints.begin(saving, version, last)
 
     async def listen(self) -> None:
         """Consumes: what the queue says unasked.  Only a Welcome after its restart can be that, and the session has
@@ -114,7 +119,7 @@ class LearnerLoop:
         asked = time.perf_counter()
         lease = await self._session.request(LeaseRequest(step=version), Lease, patience)
         leased = time.perf_counter()
-        self._settled = self._settled or leased
+        self._settled, self._began = self._settled or leased, min(self._began, leased)
         async with self._weights:
             metrics, changes = await asyncio.to_thread(self._train, lease)
             trained = time.perf_counter()
@@ -136,12 +141,19 @@ class LearnerLoop:
         self._notice_skips(lease.step, outcome)
         return version
 
+    def _is_time_up(self) -> bool:
+        return 0 < self._recipe.run.seconds <= time.perf_counter() - self._began
+
     def _train(self, lease: Lease) -> tuple[dict[str, float], Changes]:
         """Do with a lease what learner.leases says."""
         if self._recipe.learner.leases != "train":
-            leases.write(self._recipe.run_directory / leases.DIRECTORY, lease)
+            kept = leases.write(self._recipe.run_directory / leases.DIRECTORY, lease)
         if self._recipe.learner.leases == "only_record":
             return {"skipped": 1.0}, Changes(())
+        if self._recipe.learner.leases == "record":
+            sequences = np.split(lease.token_ids, np.cumsum(lease.lengths)[:-1])
+            own = self._engine.logprobs(sequences, self._recipe.rollout.temperature)
+            leases.write_logprobs(kept, np.concatenate(own))
         metrics = self._training.step(lease)
         changes = self._engine.take_changes()
         publishing = {"publish_seconds": changes.seconds, "changed_share": changes.share}

@@ -1,6 +1,7 @@
 """A directory of leases: what steps were taken on, a file each, to take them again.
 
-HISTORY.STEP.lease     a line that says what it is, CRC-32 of the rest, then the message's frames behind their lengths
+HISTORY.STEP.lease         a line that says what it is, CRC-32 of the rest, the message's frames behind their lengths
+HISTORY.STEP.logprobs.npy  [T] float32, the learner's log-probs of its tokens under the weights that the step began with
 """
 
 import itertools
@@ -10,23 +11,26 @@ import re
 import struct
 import zlib
 
+import numpy as np
+
 from queues.journal import pack, unpack
 from stream_rl import wire
 from stream_rl.errors import ConfigError, StreamRLError, WireError
 from stream_rl.messages import Lease
-from stream_rl.types import Version
+from stream_rl.types import Float32Array, Version
 
 DIRECTORY = "leases"
 """In a run's directory."""
 _MAGIC = b"stream_rl lease 1\n"
 _CRC = struct.Struct("<I")
+_LOGPROBS = ".logprobs.npy"
 _NAME = re.compile(r"(\d+)\.(\d+)\.lease")
 
 
 def write(directory: pathlib.Path, lease: Lease) -> pathlib.Path:
     """Keep a lease: durably, whole or not at all; one of the same step is replaced.  Raises StreamRLError if the disk
     refuses."""
-    path = directory / f"{lease.step.history}.{lease.step.step}.lease"
+    path = path_of(directory, lease.step)
     body = pack(wire.encode(lease))
     new = path.with_suffix(".new")
     try:
@@ -40,6 +44,33 @@ def write(directory: pathlib.Path, lease: Lease) -> pathlib.Path:
     except OSError as error:
         raise StreamRLError(f'cannot keep {path}: {error}; make room, or set learner.leases = "train"') from error
     return path
+
+
+def write_logprobs(lease: pathlib.Path, logprobs: Float32Array) -> None:
+    """Keep the learner's log-probs of a lease's tokens, [T], beside the lease.  Raises StreamRLError if the disk
+    refuses."""
+    path = lease.with_suffix(_LOGPROBS)
+    try:
+        with path.with_suffix(".new").open("wb") as file:
+            np.save(file, logprobs, allow_pickle=False)
+        path.with_suffix(".new").replace(path)
+    except OSError as error:
+        raise StreamRLError(f'cannot keep {path}: {error}; make room, or set learner.leases = "train"') from error
+
+
+def read_logprobs(lease: pathlib.Path) -> Float32Array | None:
+    """What `write_logprobs` wrote beside a lease; None if nothing was.  Raises ConfigError if it cannot be read."""
+    path = lease.with_suffix(_LOGPROBS)
+    try:
+        return np.asarray(np.load(path, allow_pickle=False), np.float32)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(f"cannot read {path}: {error}; take it away to do without") from error
+
+
+def path_of(directory: pathlib.Path, step: Version) -> pathlib.Path:
+    return directory / f"{step.history}.{step.step}.lease"
 
 
 def read(path: pathlib.Path) -> Lease:

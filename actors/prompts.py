@@ -52,7 +52,7 @@ class TrainingPrompts:
 def pack_problem(prompt: Prompt) -> bytes:
     """The prompt as `OpenGroup` and `Resume` carry it.  Raises TaskError if its data cannot travel."""
     try:
-        return plain.pack({"text": prompt.text, "data": dict(prompt.data)})
+        return plain.pack({"text": prompt.text, "data": dict(prompt.data), "max": list(prompt.max_new_tokens)})
     except WireError as error:
         raise TaskError(f"Prompt.data of {prompt.text[:80]!r} cannot travel: {error}") from error
 
@@ -61,6 +61,6 @@ def unpack_problem(problem: bytes) -> Prompt:
     """Inverse of `pack_problem`.  Raises WireError for anything else."""
     value: Any = plain.unpack(problem)
     match value:
-        case {"text": str(text), "data": dict(data)}:
-            return Prompt(text=text, data=data)
-    raise WireError("bad_problem", f"expected a prompt's text and data, got {value!r:.100}")
+        case {"text": str(text), "data": dict(data), "max": list(most)} if all(type(each) is int for each in most):
+            return Prompt(text=text, data=data, max_new_tokens=tuple(most))
+    raise WireError("bad_problem", f"expected a prompt's text, data and budgets, got {value!r:.100}")

@@ -2,8 +2,9 @@
 
     python -m actors.rollout RECIPE --run-id R --queue ADDRESS --incarnation N --ready-fd N
 
-    queue ──Admit──▶ open a group ──▶ its members ask engines ──▶ reward processes ──CloseTrajectory──▶ queue
-          ──Resume─▶ go on with a member from the tokens that the queue holds
+    queue ──Admit──▶ open a group ──▶ its episodes are played ──CloseTrajectory──▶ queue
+          ──Resume─▶ go on with one from the tokens that the queue holds     │ turns ──▶ engines
+                                                                             │ rewards, environments: processes
 
 Tokens, log-probs and versions never pass through here on their way to the learner: they go from the engine to the queue
 while the request runs.  What comes back over HTTP is used for the reward and for the count that the stream has to
@@ -17,21 +18,29 @@ import itertools
 import logging
 import os
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
+from actors.chat import ChatFormat
+from actors.endpoint.options import EndpointOptions
+from actors.endpoint.server import Endpoint
 from actors.engine_pool import EnginePool
+from actors.environments import Environments
+from actors.episodes import Branch, Episodes, Player
 from actors.heldout import Heldout
+from actors.one_turn import OneTurn
 from actors.prompts import TrainingPrompts, pack_problem, unpack_problem
 from actors.recent import Recent
 from actors.rewards import RewardPool
 from actors.sampling import Sampling
-from actors.segments import Segment, Segments
+from actors.segments import Segments
 from stream_rl import config, runtime
-from stream_rl.errors import WireError
+from stream_rl.errors import ConfigError, WireError
 from stream_rl.messages import (
     ActorStats,
     Admit,
+    Appended,
     Cancel,
     Drain,
     Engines,
@@ -43,10 +52,11 @@ from stream_rl.messages import (
     Resume,
     Welcome,
 )
+from stream_rl.metrics import JsonLines
 from stream_rl.session import Session
-from stream_rl.task import load_task
+from stream_rl.task import Prompt, load_task, plays
 from stream_rl.transport import Dealer
-from stream_rl.types import Version
+from stream_rl.types import Float32Array, Version
 
 log = logging.getLogger(__name__)
 NAME = "actor-0"
@@ -64,12 +74,17 @@ class RolloutActor:
         incarnation: int,
         session: Session,
         engines: EnginePool,
-        rewards: RewardPool,
+        player: Player,
+        sampling: Sampling,
+        episodes: Episodes,
+        counts: Counter[str],
     ) -> None:
         self._recipe, self._run, self._incarnation = recipe, run, incarnation
-        self._session, self._engines, self._rewards = session, engines, rewards
-        self._sampling = Sampling(recipe)
+        self._session, self._engines, self._player = session, engines, player
+        self._sampling, self._episodes = sampling, episodes
         self._task = load_task(recipe.task.use, recipe.task.options)
+        self._plays = plays(self._task)
+        self._deadline_s = recipe.agent.deadline_s if self._plays else None
         self._prompts = TrainingPrompts(recipe.task.use, lambda: self._task.prompts("train", recipe.run.seed))
         self._admitted: dict[int, None] = {}
         """Groups to open, in order."""
@@ -77,14 +92,14 @@ class RolloutActor:
         self._drain: Drain | None = None
         self._told = asyncio.Condition()
         """The two above or the drain have changed."""
-        self._counts: Counter[str] = Counter()
+        self._counts = counts
 
     async def run(self) -> None:
         """All of them, until this is cancelled."""
         async with asyncio.TaskGroup() as tasks:
             segments = Segments(
-                self._run, self._session, self._engines, self._rewards, self._sampling, self._counts, tasks,
-                self._recipe.supervise.retry_s,
+                self._run, self._session, self._engines, self._player, self._sampling, self._episodes, self._counts,
+                tasks, self._recipe.supervise.retry_s, self._deadline_s,
             )  # fmt: skip
             await self._admit(self._session.welcome)
             tasks.create_task(self._engines.run(), name="engines")
@@ -103,6 +118,8 @@ class RolloutActor:
                     await self._engines.update(message)
                 case Resume():
                     self._resume(segments, message)
+                case Appended():
+                    segments.appended(message)
                 case Park():
                     segments.park(message.group, message.member, message.segment)
                 case Cancel():
@@ -133,6 +150,7 @@ class RolloutActor:
             await asyncio.sleep(STATS_SECONDS)
             counters = {name: float(count) for name, count in self._counts.items()}
             counters["in_flight"] = float(len(segments))
+            counters["thinking"] = float(segments.waiting)
             await self._session.send(ActorStats(counters=counters))
 
     async def _admit(self, message: Admit | Welcome) -> None:
@@ -158,7 +176,9 @@ class RolloutActor:
     async def _open(self, segments: Segments, group: int) -> None:
         # in a thread: after a restart the task runs through all of its former prompts, and signs of life must go on
         prompt = await asyncio.to_thread(self._prompts.get, group)
-        ids, members = self._sampling.encode(prompt.text), self._recipe.rollout.group_size
+        # an episode brings what it begins with itself: its first observation may be part of that
+        ids = [] if self._plays else self._sampling.encode(prompt.text)
+        members = self._recipe.rollout.group_size
         problem = pack_problem(prompt)
         opening = await self._session.post(
             lambda sequence: OpenGroup(
@@ -171,8 +191,9 @@ class RolloutActor:
             )
         )
         for member in range(members):
-            segment = Segment(group=group, member=member, number=0, prompt=prompt, prompt_ids=ids, token_ids=[])
-            segments.begin(segment, after=opening)
+            branch = Branch(group, member)
+            branch.extend(ids)
+            segments.begin(prompt, branch, members, opening)
 
     def _resume(self, segments: Segments, resume: Resume) -> None:
         try:
@@ -181,17 +202,7 @@ class RolloutActor:
             log.warning("group %d: %s", resume.group, error)
             segments.fail(resume.group, resume.member, resume.segment, error.reason)
             return
-        segments.begin(
-            Segment(
-                group=resume.group,
-                member=resume.member,
-                number=resume.segment,
-                prompt=prompt,
-                prompt_ids=resume.prompt_ids.tolist(),
-                token_ids=resume.token_ids.tolist(),
-                finish=resume.finish,
-            )
-        )
+        segments.resume(resume, prompt)
 
     async def _evaluate(self, label: str, version: Version) -> None:
         """Rewards of the held-out prompts, unless the queue has them."""
@@ -199,11 +210,21 @@ class RolloutActor:
             return
         count = self._recipe.rollout.heldout_prompts
         prompts = list(itertools.islice(self._task.prompts("heldout", self._recipe.run.seed), count)) if count else []
-        heldout = Heldout(self._recipe, prompts, self._engines, self._rewards, self._sampling)
+        heldout = Heldout(
+            self._recipe, prompts, self._engines, self._player, self._sampling, self._episodes, self._deadline_s
+        )
         rewards = await heldout.evaluate(f"eval-{self._run}-{label}-{self._incarnation}")
+        await asyncio.to_thread(self._note_heldout, label, prompts, rewards)
         await self._session.post(
             lambda sequence: Evaluated(sequence=sequence, label=label, version=version, rewards=rewards)
         )
+
+    def _note_heldout(self, label: str, prompts: Sequence[Prompt], rewards: Float32Array) -> None:
+        """Which prompt had which reward: the queue counts their mean alone."""
+        data = [{k: v for k, v in p.data.items() if isinstance(v, str | int | float)} for p in prompts]
+        file = JsonLines(self._recipe.run_directory / "heldout.jsonl")
+        file.write({"label": label, "rewards": rewards.tolist(), "data": data})
+        file.close()
 
 
 async def main(options: argparse.Namespace) -> None:
@@ -211,21 +232,48 @@ async def main(options: argparse.Namespace) -> None:
     rollout = recipe.rollout
     hello = Hello(run=options.run_id, role="actor", name=NAME, incarnation=options.incarnation, pid=os.getpid())
     async with contextlib.AsyncExitStack() as stack:
-        rewards = await stack.enter_async_context(
-            RewardPool(
+        engines = await stack.enter_async_context(EnginePool(rollout.request_timeout_s))
+        sampling, episodes, counts = Sampling(recipe), Episodes(), Counter[str]()
+        player: Player
+        if plays(load_task(recipe.task.use, recipe.task.options)):
+            player = await _environments(stack, recipe, sampling, engines, episodes, counts)
+        else:
+            rewards = RewardPool(
                 recipe.task.use,
                 recipe.task.options,
                 processes=rollout.reward_processes,
                 timeout_s=rollout.reward_timeout_s,
             )
-        )
-        engines = await stack.enter_async_context(EnginePool(rollout.request_timeout_s))
+            player = OneTurn(await stack.enter_async_context(rewards), sampling)
         queue = await stack.enter_async_context(Dealer.connect(options.queue, f"{NAME}@{options.incarnation}"))
         session = Session(queue, hello, recipe.supervise, heartbeat=False)
         await session.start()
-        actor = RolloutActor(recipe, options.run_id, options.incarnation, session, engines, rewards)
+        actor = RolloutActor(
+            recipe, options.run_id, options.incarnation, session, engines, player, sampling, episodes, counts
+        )
         runtime.report_ready(options.ready_fd)
         await runtime.supervise(session=session.run(), actor=actor.run())
+
+
+async def _environments(
+    stack: contextlib.AsyncExitStack,
+    recipe: config.Recipe,
+    sampling: Sampling,
+    engines: EnginePool,
+    episodes: Episodes,
+    counts: Counter[str],
+) -> Environments:
+    """With an endpoint, if the model has a chat template; a task that speaks text needs none."""
+    chat: ChatFormat | ConfigError
+    base_url = ""
+    try:
+        chat = ChatFormat.load(recipe)
+    except ConfigError as error:
+        chat = error
+    else:
+        asked = EndpointOptions.of(recipe, sampling.limits.max_context_tokens)
+        base_url = (await stack.enter_async_context(Endpoint(episodes, chat, engines, asked, counts))).address
+    return await stack.enter_async_context(Environments(recipe, sampling, engines, chat, base_url))
 
 
 if __name__ == "__main__":

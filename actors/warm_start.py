@@ -10,7 +10,7 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,33 +20,46 @@ from algorithms.denominators import TokenKinds, loss_weights
 from algorithms.losses import cross_entropy
 from engines.megatron.learner import MegatronLearner
 from stream_rl import config, runtime
-from stream_rl.errors import ConfigError, StreamRLError
+from stream_rl.errors import ConfigError, StreamRLError, TaskError
 from stream_rl.task import load_task
 from stream_rl.types import Float32Array, Int32Array, TrainingBatch
 
 REPORT_SECONDS = 2.0
 
 
-def demonstrations(recipe: config.Recipe) -> Iterator[tuple[str, str]]:
-    """The task's (prompt, completion) pairs.  Raises ConfigError if it has none."""
+def demonstrations(recipe: config.Recipe) -> Iterator[Sequence[str]]:
+    """The task's demonstrations, each what is told and what is said in turn: a prompt and its completion, or a prompt,
+    a turn, an observation, a turn and so on.  Raises ConfigError if the task has none."""
     task: Any = load_task(recipe.task.use, recipe.task.options)
     if not callable(getattr(task, "demonstrations", None)):
         raise ConfigError(
             f"warm_start.steps is {recipe.warm_start.steps}, but {recipe.task.use} has no demonstrations()"
         )
-    pairs: Iterator[tuple[str, str]] = task.demonstrations(recipe.run.seed)
-    return pairs
+    shown: Iterator[Sequence[str]] = task.demonstrations(recipe.run.seed)
+    return shown
 
 
-def batch(pairs: list[tuple[str, str]], tokenizer: Tokenizer, end: int) -> TrainingBatch:
-    """Teacher-forced completions, each with the stop token at its end, averaged over tokens."""
+def batch(shown: Sequence[Sequence[str]], tokenizer: Tokenizer, end: int) -> TrainingBatch:
+    """Teacher-forced turns, each with the stop token at its end, averaged over their tokens; what is told is read and
+    not learned.
+
+    Raises TaskError for a demonstration that does not begin with a prompt or end with a turn.
+    """
     ids: list[int] = []
     lengths, trained = [], []
-    for prompt, completion in pairs:
-        head, tail = tokenizer.encode(prompt).ids, [*tokenizer.encode(completion).ids, end]
-        ids += head + tail
-        lengths.append(len(head) + len(tail))
-        trained += [False] * len(head) + [True] * len(tail)
+    for texts in shown:
+        if isinstance(texts, str) or len(texts) % 2 or not texts or not texts[0]:
+            raise TaskError(
+                "demonstrations() must yield (prompt, completion) or (prompt, turn, observation, turn, ...), the "
+                f"prompt not empty, got {texts!r:.200}"
+            )
+        before = len(ids)
+        for i, text in enumerate(texts):
+            said = i % 2 == 1
+            new = tokenizer.encode(text).ids + [end] * said
+            ids += new
+            trained += [said] * len(new)
+        lengths.append(len(ids) - before)
     mask = np.array(trained)
     kinds = TokenKinds(lengths=np.array(lengths, np.int32), sampled=mask, trainable=mask)
     zeros: Float32Array = np.zeros(len(ids), np.float32)
@@ -67,10 +80,10 @@ def run(recipe: config.Recipe, output: pathlib.Path) -> None:
     engine = MegatronLearner(recipe.model.path, recipe.learner, recipe.run.seed)
     engine.reset_optimizer(warm.optimizer, warm.schedule, "warm_start")
     tokenizer = Tokenizer.from_file(f"{recipe.model.path}/tokenizer.json")
-    pairs = demonstrations(recipe)
+    shown = demonstrations(recipe)
     tokens, started, reported = 0, time.perf_counter(), 0.0
     for step in range(1, warm.steps + 1):
-        made = batch(list(itertools.islice(pairs, warm.sequences)), tokenizer, engine.shape.eos_token_ids[0])
+        made = batch(list(itertools.islice(shown, warm.sequences)), tokenizer, engine.shape.eos_token_ids[0])
         metrics = engine.train_step(made, cross_entropy)
         tokens += len(made.token_ids)
         now = time.perf_counter()

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_rl.errors import ConfigError
-from stream_rl.types import Float32Array, Int32Array
+from stream_rl.types import Float32Array, Int32Array, Int64Array
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -26,9 +26,13 @@ class TokenKinds:
     """[T] the policy sampled it."""
     trainable: BoolArray
     """[T] it was sampled and is not masked (for its age, for instance)."""
+    episodes: Int64Array | None = None
+    """[S] episode of each sequence, by any number that is its own within the batch; None: each is one."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for kinds that do not fit."""
+        if self.episodes is not None and self.episodes.shape != self.lengths.shape:
+            raise ValueError(f"episodes must have shape {self.lengths.shape}, got {self.episodes.shape}")
         tokens = int(self.lengths.sum(dtype=np.int64))
         if self.sampled.shape != (tokens,) or self.trainable.shape != (tokens,):
             raise ValueError(
@@ -43,6 +47,13 @@ class TokenKinds:
         """[T] which sequence each token is of, from 0."""
         return np.repeat(np.arange(len(self.lengths), dtype=np.int64), self.lengths)
 
+    @property
+    def episode(self) -> npt.NDArray[np.int64]:
+        """[S] which episode each sequence is of, from 0."""
+        if self.episodes is None:
+            return np.arange(len(self.lengths), dtype=np.int64)
+        return np.unique(self.episodes, return_inverse=True)[1].astype(np.int64)
+
 
 def token_mean(kinds: TokenKinds, constant: float = 0.0) -> Float32Array:
     """1 / N on each of N trainable tokens: DAPO (Yu et al. 2025, arXiv 2503.14476, section 3.3)."""
@@ -52,13 +63,14 @@ def token_mean(kinds: TokenKinds, constant: float = 0.0) -> Float32Array:
 def sequence_mean(kinds: TokenKinds, constant: float = 0.0) -> Float32Array:
     """The mean over sequences of the mean over a sequence's tokens: GRPO (arXiv 2402.03300, eq. 3).
 
-    Over the sequences with a trainable token; each is divided by all its sampled tokens, masked ones too, so that a
-    long trajectory whose old head is masked does not have its young tail weighted up.
+    The sequences of one episode are as one, in which each token counts alike: one that forked ten times weighs no more
+    than its siblings.  Over those with a trainable token; each is divided by all its sampled tokens, masked ones too,
+    so that a long trajectory whose old head is masked does not have its young tail weighted up.
     """
-    sequence = kinds.sequence
-    sampled = np.bincount(sequence[kinds.sampled], minlength=len(kinds.lengths))
-    sequences = max(len(np.unique(sequence[kinds.trainable])), 1)
-    weights: Float32Array = (kinds.trainable / (sequences * np.maximum(sampled, 1)[sequence])).astype(np.float32)
+    episode = kinds.episode[kinds.sequence]
+    sampled = np.bincount(episode[kinds.sampled], minlength=len(kinds.lengths))
+    episodes = max(len(np.unique(episode[kinds.trainable])), 1)
+    weights: Float32Array = (kinds.trainable / (episodes * np.maximum(sampled, 1)[episode])).astype(np.float32)
     return weights
 
 

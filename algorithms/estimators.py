@@ -2,7 +2,8 @@
 
 Each estimator takes (data, section) and returns advantages [T] float64, 0 where the token was not sampled.  Means and
 standard deviations are over the whole step, or over a whole group: every member counts, also one of which no token is
-trained, and every sampled token.  A new estimator is one function and one line in `ESTIMATORS`.
+trained, and every sampled token.  In a group the sequences of one episode are one: all get the advantage of their mean
+score.  A new estimator is one function and one line in `ESTIMATORS`.
 """
 
 from collections.abc import Callable
@@ -20,8 +21,8 @@ Estimator = Callable[[Scored, Algorithm], Float64Array]
 
 def centered(data: Scored, section: Algorithm) -> Float64Array:
     """r - mean of the group: Dr. GRPO (Liu et al. 2025, arXiv 2503.20783, section 3.2)."""
-    score = scores(data, section)
-    return _on_tokens(data, score - _Groups(data, score).mean)
+    group = _Groups(data, scores(data, section))
+    return _on_tokens(data, group.own - group.mean)
 
 
 def grpo(data: Scored, section: Algorithm) -> Float64Array:
@@ -29,9 +30,8 @@ def grpo(data: Scored, section: Algorithm) -> Float64Array:
 
     The std has ddof = 1, as in verl (core_algos.py, compute_grpo_outcome_advantage); a group of one has advantage 0.
     """
-    score = scores(data, section)
-    group = _Groups(data, score)
-    return _on_tokens(data, (score - group.mean) / (group.std + 1e-6))
+    group = _Groups(data, scores(data, section))
+    return _on_tokens(data, (group.own - group.mean) / (group.std + 1e-6))
 
 
 def rloo(data: Scored, section: Algorithm) -> Float64Array:
@@ -39,10 +39,9 @@ def rloo(data: Scored, section: Algorithm) -> Float64Array:
 
     A group of one has advantage 0.
     """
-    score = scores(data, section)
-    group = _Groups(data, score)
+    group = _Groups(data, scores(data, section))
     others = (group.count * group.mean - group.own) / np.maximum(group.count - 1, 1)
-    return _on_tokens(data, np.where(group.count > 1, score - others, 0.0))
+    return _on_tokens(data, np.where(group.count > 1, group.own - others, 0.0))
 
 
 def reinforce_plus_plus(data: Scored, section: Algorithm) -> Float64Array:
@@ -55,8 +54,8 @@ def reinforce_plus_plus(data: Scored, section: Algorithm) -> Float64Array:
 
 def reinforce_plus_plus_baseline(data: Scored, section: Algorithm) -> Float64Array:
     """As `reinforce_plus_plus`, of the reward less its group's mean: REINFORCE++-baseline (the same paper)."""
-    reward = shaped_rewards(data, section)
-    return _whiten(data, _returns(data, section, reward - _Groups(data, reward).mean))
+    group = _Groups(data, shaped_rewards(data, section))
+    return _whiten(data, _returns(data, section, group.own - group.mean))
 
 
 def gae(data: Scored, section: Algorithm) -> Float64Array:
@@ -102,14 +101,11 @@ def advantages(data: Scored, section: Algorithm) -> Float32Array:
 
 class _Groups:
     """For each sequence [S], of its group: mean and std (ddof = 1; 0 for one) of the episodes' scores, their count, and
-    the score of its own episode."""
+    the score of its own episode.  An episode's is the mean of its sequences'."""
 
     def __init__(self, data: Scored, score: Float64Array) -> None:
         _, group = np.unique(data.groups, return_inverse=True)
-        episode = np.arange(len(score))
-        if data.episodes is not None:
-            _, episode = np.unique(data.episodes, return_inverse=True)
-            _, episode = np.unique(group * len(score) + episode, return_inverse=True)
+        episode = data.kinds.episode
         of_episode = np.bincount(episode, score) / np.maximum(np.bincount(episode), 1)
         group_of_episode = np.zeros(len(of_episode), dtype=np.int64)
         group_of_episode[episode] = group

@@ -1,8 +1,8 @@
 """What a trajectory is scored with: its reward, shaped by its length, less the KL that it cost.
 
-Shape letters: T tokens, S sequences.  A sequence's siblings are the others of its group (one prompt).  Where one
-trajectory fans out into several sequences, those share an episode: together they count once in a group's mean and
-standard deviation, with their mean score.
+Shape letters: T tokens, S sequences.  A sequence's siblings are the others of its group (one prompt).  Where an
+episode has several sequences, they count once in a group's mean and standard deviation, with their mean score, and have
+one advantage.
 """
 
 from dataclasses import dataclass
@@ -27,9 +27,7 @@ class Scored:
     rewards: Float32Array
     """[S]"""
     groups: Int64Array
-    """[S] group of each sequence."""
-    episodes: Int64Array | None = None
-    """[S] episode of each sequence, by any number that is its own within the group; None: each is one."""
+    """[S] group of each sequence; its episodes are in `kinds`."""
     behavior_logprobs: Float32Array | None = None
     """[T] of the policy that sampled the token."""
     reference_logprobs: Float32Array | None = None
@@ -50,7 +48,6 @@ class Scored:
             raise ValueError(f"rewards must be finite, got {bad}; fix the task's reward")
         for name, shape in (
             ("rewards", self.kinds.lengths.shape),
-            ("episodes", self.kinds.lengths.shape),
             ("behavior_logprobs", self.kinds.sampled.shape),
             ("reference_logprobs", self.kinds.sampled.shape),
             ("teacher_logprobs", self.kinds.sampled.shape),

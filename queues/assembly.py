@@ -73,7 +73,7 @@ class Assembly:
                 continue
             start += trajectory.base
             end, have = start + count, trajectory.received
-            if trajectory.finish:
+            if trajectory.finish or trajectory.complete:
                 refused["after_finish" if end > have or start < trajectory.base else "duplicate"] += 1
                 continue
             if trajectory.engine and trajectory.engine != engine:
@@ -100,7 +100,7 @@ class Assembly:
                 continue
             elif end > self._max_new_tokens:
                 problem = "too_long"
-            elif trajectory.closed and end > trajectory.num_sampled:
+            elif (trajectory.closed or trajectory.appending) and end > trajectory.num_sampled:
                 problem = "after_close"
             if problem:
                 refused[problem] += 1

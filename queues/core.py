@@ -6,10 +6,11 @@ Every event either changes the state or is refused and counted.  After each, wha
 once (lease, resume, admit, drain), so that a state always awaits an input that `awaits` can name.
 """
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from queues import problems
 from queues.admission import share
+from queues.events import Gone, Recovered, Tick
 from queues.ledger import Ledger, State
 from queues.outgoing import JOURNAL, REPLY, Action, Outgoing
 from queues.registry import Peer, Registry
@@ -26,30 +27,15 @@ from stream_rl.types import Version
 __all__ = ["JOURNAL", "REPLY", "Action", "Gone", "QueueCore", "Recovered", "Settings", "Tick"]
 
 
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """The shell's timer, about once a second."""
-
-
-@dataclass(frozen=True, slots=True)
-class Gone:
-    """The shell could not reach the peer `name`; an observer is forgotten, others are awaited."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Recovered:
-    """The shell has replayed the journal; nobody could have been heard since its last row."""
-
-
 class QueueCore:
     HANDLERS: ClassVar[dict[type[Any], tuple[str, str]]] = {
         m.Chunks: ("engine", "_chunks"),
         m.EngineStats: ("engine", "_engine_stats"),
         m.OpenGroup: ("actor", "_open_group"),
-        m.CloseTrajectory: ("actor", "_close_trajectory"),
-        m.Interrupted: ("actor", "_interrupted"),
+        m.OpenBranch: ("actor", "_of_trajectory"),
+        m.AppendTokens: ("actor", "_of_trajectory"),
+        m.CloseTrajectory: ("actor", "_of_trajectory"),
+        m.Interrupted: ("actor", "_of_trajectory"),
         m.ActorStats: ("actor", "_actor_stats"),
         m.Evaluated: ("actor", "_evaluated"),
         m.LeaseRequest: ("learner", "_lease_request"),
@@ -322,30 +308,20 @@ class QueueCore:
             return
         if event.group not in self.admitted[peer.name]:
             self._out.refuse(peer.name, "not_admitted", f"group {event.group}: wait for Admit")
-        elif problem := self.store.opening_problem(event):
+        elif problem := problems.of_group(event):
             self._out.refuse(peer.name, *problem)
         else:
             self.admitted[peer.name].remove(event.group)
             self.store.open(self.now, event, peer.name)
         self._taken(peer)
 
-    def _close_trajectory(self, peer: Peer, event: m.CloseTrajectory) -> None:
+    def _of_trajectory(self, peer: Peer, event: problems.OfTrajectory) -> None:
         if not self._in_sequence(peer, event.sequence):
             return
-        if problem := self.store.member_problem(event, peer.name):
+        if problem := problems.of_trajectory(event, peer.name, self.store.groups):
             self._out.refuse(peer.name, *problem)
         else:
-            self.store.close(self.now, event)
-        self._taken(peer)
-        self._advance()
-
-    def _interrupted(self, peer: Peer, event: m.Interrupted) -> None:
-        if not self._in_sequence(peer, event.sequence):
-            return
-        if problem := self.store.member_problem(event, peer.name):
-            self._out.refuse(peer.name, *problem)
-        else:
-            self.store.interrupt(self.now, event)
+            self.store.hear(self.now, event)
         self._taken(peer)
         self._advance()
 
@@ -389,7 +365,10 @@ class QueueCore:
 
     def _weights_report(self, peer: Peer, event: m.VersionReport | m.StockReport) -> None:
         self.tallies.weights_report(event)
+        if isinstance(event, m.VersionReport) and (engine := self.registry.peers.get(event.engine)) is not None:
+            engine.version = max(engine.version or event.version, event.version)
         self._out.send_all((o.name for o in self.registry.of_role("observer")), event)
+        self._advance()
 
     def _engine_verified(self, peer: Peer, event: m.EngineVerified) -> None:
         self.tallies.engine_verified(event)
@@ -405,7 +384,9 @@ class QueueCore:
             for actor in self.registry.living("actor"):
                 self._out.send(actor.name, self.registry.usable)
         if self.tallies.learner_done is None:
-            self.steps.try_lease()
+            growing = self.store.group_counts[State.IN_FLIGHT] + sum(map(len, self.admitted.values()))
+            if not (self.store.admission.by_batch and growing):
+                self.steps.try_lease()
             self._grow()
             self._admit()
         elif not self.drained:
@@ -421,9 +402,7 @@ class QueueCore:
         if not loads or not self.store.resuming.may_grow:
             return
         admitted = sum(loads.values())
-        under_way = self.store.group_counts[State.IN_FLIGHT] + admitted
-        starving = self.steps.waiting is not None and not under_way
-        grant = self.store.admission.grant(self.store.outstanding + admitted, starving)
+        grant = self._batch(admitted) if self.store.admission.by_batch else self._grant(admitted)
         if grant < 1:
             return
         if len(loads) > 1:
@@ -434,6 +413,21 @@ class QueueCore:
             self.admitted[actor] += groups
             self._out.send(actor, m.Admit(groups=groups))
         self.next_group += grant
+
+    def _grant(self, admitted: int) -> int:
+        """Groups to admit now, beside those that are admitted and not opened."""
+        under_way = self.store.group_counts[State.IN_FLIGHT] + admitted
+        starving = self.steps.waiting is not None and not under_way
+        grown = self.store.outstanding + admitted - under_way
+        return self.store.admission.grant(under_way, grown, starving)
+
+    def _batch(self, admitted: int) -> int:
+        """The same where a step has a batch of its own: none of it, or all."""
+        counts, synchronous = self.store.group_counts, self.settings.queue.mode == "synchronous"
+        before = counts[State.IN_FLIGHT] + counts[State.READY] + admitted
+        if synchronous:
+            before += counts[State.LEASED] + len(self.behind(self.histories.last))
+        return 0 if before else self.store.admission.limit
 
     def _drain(self, final: Version) -> None:
         """The engines live on the learner's last version: have it evaluated.  What is in flight ends here, since the

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from queues.trajectories import Group
+from queues.trajectories import APPENDED, Group
 from queues.versions import Histories
 from stream_rl.config import Queue
 from stream_rl.messages import Lease
@@ -90,24 +90,26 @@ def max_token_age(queue: Queue, task: str) -> int:
 def build_lease(step: Version, groups: Sequence[Group], histories: Histories, queue: Queue) -> Lease:
     """The groups' surviving trajectories as columns, every token's age marked for `step`."""
     trajectories = [(group, t) for group in groups for t in group.survivors()]
-    lengths = np.array([len(group.prompt) + t.received for group, t in trajectories], dtype=np.int32)
+    lengths = np.array([t.num_tokens for _, t in trajectories], dtype=np.int32)
     total = int(lengths.sum(dtype=np.int64))
     token_ids, columns = np.zeros(total, np.int32), np.zeros((3, total), np.int32)
     histories_T, steps_T, ages_T = columns
     sampled, logprobs = np.zeros(total, np.uint8), np.zeros(total, np.float32)
     at = 0
-    for group, t in trajectories:
-        token_ids[at : at + len(group.prompt)] = group.prompt
-        at += len(group.prompt)
-        here = slice(at, at + t.received)
+    for _, t in trajectories:
+        prompt = t.context
+        token_ids[at : at + len(prompt)] = prompt
+        at += len(prompt)
+        here = slice(at, at + len(t.ids) // 4)
         token_ids[here] = np.frombuffer(t.ids, np.int32)
         logprobs[here] = np.frombuffer(t.logprobs, np.float32)
-        sampled[here] = 1
         for history, sampled_at, count in t.spans:
-            run = slice(at, at + count)
-            histories_T[run] = history
-            steps_T[run] = sampled_at
-            ages_T[run] = step.step - histories.effective_step(history, sampled_at)
+            if (history, sampled_at) != APPENDED:
+                run = slice(at, at + count)
+                sampled[run] = 1
+                histories_T[run] = history
+                steps_T[run] = sampled_at
+                ages_T[run] = step.step - histories.effective_step(history, sampled_at)
             at += count
     assert at == total, f"spans cover {at} tokens of {total}"
     # Chunks of unpublished versions are refused, and a fork is never ahead of the step that follows it.
@@ -119,6 +121,7 @@ def build_lease(step: Version, groups: Sequence[Group], histories: Histories, qu
         step=step,
         groups=np.array([group.id for group, _ in trajectories], dtype=np.int64),
         members=np.array([t.member for _, t in trajectories], dtype=np.int32),
+        episodes=np.array([t.episode for _, t in trajectories], dtype=np.int32),
         rewards=np.array([t.reward for _, t in trajectories], dtype=np.float32),
         max_token_ages=bounds,
         lengths=lengths,

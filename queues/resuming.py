@@ -1,6 +1,9 @@
-"""Trajectories that have to move: their engine was lost or drained, their actor was lost, or their round is over.
+"""Trajectories from one segment to the next.
 
-A segment ends before its trajectory does in one of these ways:
+After a segment that ended by itself, what the environment said comes behind it, and its actor may ask for the next.
+
+Others have to move: their engine was lost or drained, their actor was lost, or their round is over.  A segment ends
+before its trajectory's turn does in one of these ways:
 
     its actor says Interrupted     with a count: once the stream has brought as many tokens; without: at once
     its engine is lost or drained  lost: at once, with the tokens that are here; drained: its actor is told to stop it
@@ -8,7 +11,8 @@ A segment ends before its trajectory does in one of these ways:
     its round is over              its actor is told to stop it
 
 From then on the trajectory rests.  It is resumed, as the next segment, as soon as growing is allowed: always in
-streaming mode, between two leases in rounds mode.  Rows and words of the segments before it are void.
+streaming mode, between two leases in rounds mode.  Rows and words of the segments before it are void.  A turn that
+ends while growing is not allowed rests in the same way, and is said to be appended when it is.
 """
 
 from collections.abc import Iterable, Mapping
@@ -50,6 +54,22 @@ class Resuming:
         """Trajectories that wait for the next round."""
         return len(self._resting)
 
+    # -- a turn ends -------------------------------------------------------------------------------------------
+
+    def append(self, now: float, trajectory: Trajectory) -> int:
+        """Its segment is whole: what waits comes behind it, and the next may be asked for.  The number of tokens."""
+        ids, trajectory.appending = trajectory.appending, b""
+        trajectory.append(ids)
+        trajectory.finish = Finish.NONE
+        self._next_segment(now, trajectory)
+        trajectory.appended_before, trajectory.began = trajectory.segment, now
+        if self.may_grow:
+            self._out.send(trajectory.group.actor, _appended(trajectory))
+        else:
+            trajectory.resting = True
+            self._resting[trajectory] = None
+        return len(ids) // 4
+
     # -- a segment ends ----------------------------------------------------------------------------------------
 
     def interrupted(self, now: float, trajectory: Trajectory, reason: str, num_sampled: int) -> None:
@@ -73,7 +93,7 @@ class Resuming:
     def rest_if_orphaned(self, now: float, trajectory: Trajectory) -> None:
         """Its tokens are known to be missing, none of them has come, and an engine was lost since its segment began:
         they may have been that engine's.  Better to go on from before them than to wait for ever."""
-        said = trajectory.closed or trajectory.interrupted
+        said = trajectory.said_over or trajectory.interrupted
         if said and not (trajectory.engine or trajectory.finish) and trajectory.losses < self._losses:
             trajectory.interrupted = trajectory.interrupted or ENGINE_LOST
             self._rest(now, trajectory)
@@ -100,6 +120,8 @@ class Resuming:
                 if not trajectory.resting:
                     trajectory.interrupted = "actor_lost"
                     self._rest(now, trajectory)
+                elif not trajectory.interrupted:  # the new one would not know what was appended
+                    trajectory.interrupted = "actor_lost"
 
     def park(self, engine: str | None = None) -> None:
         """Tell the actors to stop what grows: everywhere, or on one engine."""
@@ -107,15 +129,15 @@ class Resuming:
             if engine is None or trajectory.engine == engine:
                 self._park(trajectory)
 
-    def opened(self, group: Group) -> None:
-        """A group was opened; its actor may not have known that the round is over."""
-        for trajectory in group.members:
-            trajectory.losses = self._losses
-            if not self.may_grow:
-                self._park(trajectory)
+    def opened(self, trajectory: Trajectory) -> None:
+        """Its actor may not have known that the round is over."""
+        trajectory.losses = self._losses
+        if not self.may_grow:
+            self._park(trajectory)
 
     def _park(self, trajectory: Trajectory) -> None:
-        if trajectory.closed or trajectory.interrupted or trajectory.parking or trajectory.finish:
+        over = trajectory.said_over or trajectory.interrupted or trajectory.finish or not len(trajectory.context)
+        if over or trajectory.parking or trajectory.resting:
             return
         trajectory.parking = True
         self._out.send(trajectory.group.actor, _park_order(trajectory))
@@ -132,7 +154,11 @@ class Resuming:
             return
         for trajectory in list(self._resting):
             if trajectory.state is State.IN_FLIGHT and not trajectory.complete:
-                self._resume(now, trajectory)
+                if trajectory.interrupted:
+                    self._resume(now, trajectory)
+                else:
+                    trajectory.resting, trajectory.seen, trajectory.began = False, now, now
+                    self._out.send(trajectory.group.actor, _appended(trajectory))
         self._resting.clear()
 
     def remind(self, actor: str) -> None:
@@ -141,12 +167,13 @@ class Resuming:
             if group.actor == actor:
                 for trajectory in group.members:
                     if trajectory.state is State.DROPPED and not trajectory.closed:
-                        self._out.send(actor, _cancel_order(trajectory))
+                        self._out.send(actor, cancel_order(trajectory, trajectory.reason))
         for trajectory in self._growing():
             if trajectory.group.actor != actor or trajectory.closed or trajectory.resting:
                 continue
             if trajectory.segment and trajectory.received == trajectory.base:
-                self._out.send(actor, self._order(trajectory))
+                appended = trajectory.appended_before == trajectory.segment
+                self._out.send(actor, _appended(trajectory) if appended else self._order(trajectory))
             if trajectory.parking:
                 self._out.send(actor, _park_order(trajectory))
 
@@ -163,14 +190,18 @@ class Resuming:
         if trajectory.finish not in ENDED:
             full = trajectory.received >= self._max_new_tokens
             trajectory.finish = Finish.LENGTH if full else Finish.NONE
+        self._next_segment(now, trajectory)
+        self._out.send(trajectory.group.actor, self._order(trajectory))
+
+    def _next_segment(self, now: float, trajectory: Trajectory) -> None:
+        """Whatever was said of the one before is void."""
         del self._assembly.by_rid[trajectory.rid]
         trajectory.segment += 1
         trajectory.rid = make_rid(self._run, trajectory.group.id, trajectory.member, trajectory.segment)
         self._assembly.by_rid[trajectory.rid] = trajectory
         trajectory.base, trajectory.lost, trajectory.engine, trajectory.seen = trajectory.received, 0, "", now
         trajectory.parking = trajectory.resting = trajectory.closed = False
-        trajectory.interrupted, trajectory.losses = "", self._losses
-        self._out.send(trajectory.group.actor, self._order(trajectory))
+        trajectory.interrupted, trajectory.appending, trajectory.losses = "", b"", self._losses
 
     def _order(self, trajectory: Trajectory) -> m.Resume:
         group = trajectory.group
@@ -180,9 +211,13 @@ class Resuming:
             segment=trajectory.segment,
             members=len(group.members),
             problem=group.problem,
+            episode=trajectory.episode,
+            forked=any(t.episode == trajectory.episode != t.member for t in group.members),
             finish=trajectory.finish,
-            prompt_ids=group.prompt,
+            prompt_ids=trajectory.context,
             token_ids=np.frombuffer(bytes(trajectory.ids), np.int32),
+            sampled=trajectory.sampled_flags(),
+            logprobs=np.frombuffer(bytes(trajectory.logprobs), np.float32),
         )
 
     def _growing(self) -> list[Trajectory]:
@@ -196,8 +231,12 @@ class Resuming:
         ]
 
 
-def _cancel_order(trajectory: Trajectory) -> m.Cancel:
-    return m.Cancel(group=trajectory.group.id, member=trajectory.member, reason=trajectory.reason)
+def cancel_order(trajectory: Trajectory, reason: str) -> m.Cancel:
+    return m.Cancel(group=trajectory.group.id, member=trajectory.member, reason=reason)
+
+
+def _appended(trajectory: Trajectory) -> m.Appended:
+    return m.Appended(group=trajectory.group.id, member=trajectory.member, segment=trajectory.segment)
 
 
 def _park_order(trajectory: Trajectory) -> m.Park:

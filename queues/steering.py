@@ -67,6 +67,8 @@ class Steering:
         self.ages: list[float] = []
         self.last_s = math.nan
         self.last_received = 0
+        self.occupancy = 1.0
+        """Limits are of groups as they occupy engines; under way are as many, over this."""
 
     def limit(self, groups_per_step: int) -> int:
         """Groups that may be under way: admitted and not yet trained."""
@@ -156,7 +158,7 @@ class Steering:
 
     def _turnover(self, groups_per_step: int) -> int:
         """Steps until the limit has fallen, and as many groups were trained as are under way."""
-        return math.ceil((self.groups + self.falling / FALL) / max(1, groups_per_step))
+        return math.ceil((self.groups / self.occupancy + self.falling / FALL) / max(1, groups_per_step))
 
     def _bounded(self, groups: float, groups_per_step: int) -> float:
         most = max(MOST_PER_AGE * self._target, 1.0) * groups_per_step

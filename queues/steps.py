@@ -214,6 +214,8 @@ class Steps:
         ready.refresh()
         for group in ready.hopeless():
             self._store.drop_group(group, "too_old" if group.versions else "empty")
+        if self._store.admission.by_batch:
+            return list(ready)
         if ready.trainable_tokens < queue.min_tokens:
             return []
         return ready.choose(queue.min_tokens, queue.max_tokens)

@@ -4,8 +4,10 @@
                  \\________\\_________________\\-> dropped (by reason)
 
 A member is complete when its stream finished, its actor closed it, and both agree on the number of tokens, in
-whatever order these arrive.  A group is ready when every member is complete or dropped; it goes on without the
-dropped ones while two are left to compare.  How a member survives the loss of its engine is in `queues.resuming`.
+whatever order these arrive.  A group is ready when every member is complete or dropped, branches included; it goes on
+without the dropped ones while two episodes are left to compare.  Each trajectory stands for itself: what is wrong with
+one is no reason to drop the other branches of its episode, and an episode that fails is failed by its actor in each.
+How a member goes on after a turn, or the loss of its engine, is in `queues.resuming`.
 """
 
 import dataclasses
@@ -15,24 +17,23 @@ from typing import Any
 
 import numpy as np
 
+from queues import problems
 from queues.admission import Admission
 from queues.assembly import Assembly
 from queues.leasing import Ready
 from queues.ledger import LIVE, Ledger, State
 from queues.outgoing import Outgoing
 from queues.records import Ended
-from queues.resuming import Resuming
+from queues.resuming import Resuming, cancel_order
 from queues.tallies import Tallies, count_name
 from queues.trajectories import Group, Trajectory
 from queues.versions import Histories
 from stream_rl import messages as m
 from stream_rl.config import Queue, Recipe
-from stream_rl.types import Finish, Status, make_rid
+from stream_rl.types import Finish, Int32Array, Status, make_rid
 
 OF_THE_PROCESS = ("lease_timeout_s", "commit_seconds", "fsync", "snapshot_bytes", "keep_journal")
 """Keys of [queue] that decide nothing in here."""
-MAX_MEMBERS = 4096
-MAX_TASK = 1024
 INTERRUPTED = "interrupted"
 
 
@@ -84,29 +85,35 @@ class Store:
 
     # -- growing -----------------------------------------------------------------------------------------------
 
-    def opening_problem(self, event: m.OpenGroup) -> tuple[str, str] | None:
-        """(reason, detail) why the group cannot be opened, or None."""
-        if not 1 <= event.members <= MAX_MEMBERS:
-            return "bad_members", f"a group has 1 to {MAX_MEMBERS} members, got {event.members}"
-        if len(event.task) > MAX_TASK:
-            return "bad_task", f"a task's name has {MAX_TASK} characters at most, got {len(event.task)}"
-        prompt = event.prompt_ids
-        if prompt.ndim != 1 or not prompt.size or int(prompt.min()) < 0:
-            return "bad_prompt", f"a prompt is a row of token ids, got {prompt.size} of shape {prompt.shape}"
-        return None
-
     def open(self, now: float, event: m.OpenGroup, actor: str) -> None:
-        group = Group(event.group, actor, event.task, event.prompt_ids, event.problem, now, pending=event.members)
-        for member in range(event.members):
-            rid = make_rid(self._settings.run, event.group, member, 0)
-            trajectory = Trajectory(group, member, rid, seen=now)
-            group.members.append(trajectory)
-            self.assembly.by_rid[rid] = trajectory
+        group = Group(event.group, actor, event.task, event.prompt_ids, event.problem, now)
         self.groups[group.id] = group
         self.group_counts[State.IN_FLIGHT] += 1
-        self._ledger.admit(event.members)
         self._tallies.task(event.task).opened += 1
-        self.resuming.opened(group)
+        for member in range(event.members):
+            self.resuming.opened(self._begin(now, group, member, None))
+
+    def branch(self, now: float, event: m.OpenBranch) -> None:
+        """One that comes after its group was settled is dropped."""
+        group = self.groups[event.group]
+        trajectory = self._begin(now, group, event.episode, event.prompt_ids)
+        self._tallies.branches += 1
+        if group.state is State.IN_FLIGHT:
+            self.resuming.opened(trajectory)
+        else:
+            group.pending -= 1
+            self._out.send(group.actor, cancel_order(trajectory, "group_over"))
+            self._drop(trajectory, "group_over")
+
+    def _begin(self, now: float, group: Group, episode: int, prompt: Int32Array | None) -> Trajectory:
+        member = len(group.members)
+        rid = make_rid(self._settings.run, group.id, member, 0)
+        trajectory = Trajectory(group, member, rid, episode, prompt, began=now, seen=now)
+        group.members.append(trajectory)
+        group.pending += 1
+        self.assembly.by_rid[rid] = trajectory
+        self._ledger.admit(1)
+        return trajectory
 
     def chunks(self, now: float, event: m.Chunks) -> tuple[bool, bool]:
         """Take a chunk message.  (whether any trajectory may have settled, whether to ask for a resend)"""
@@ -115,29 +122,31 @@ class Store:
             self._settle(now, trajectory)
         return bool(touched), resend
 
-    def member_problem(self, event: m.CloseTrajectory | m.Interrupted, actor: str) -> tuple[str, str] | None:
-        """(reason, detail) why what is said of a trajectory cannot be taken, or None."""
-        group = self.groups.get(event.group)
-        if group is None:
-            return "unknown_group", f"no group {event.group} is open"
-        if group.actor != actor:
-            return "not_its_actor", f"group {event.group} is of {group.actor}"
-        if not 0 <= event.member < len(group.members):
-            return "unknown_member", f"group {event.group} has {len(group.members)} members, got {event.member}"
-        trajectory = group.members[event.member]
-        if trajectory.closed:
-            return "already_closed", f"trajectory {trajectory.label} was closed before"
-        if trajectory.segment != event.segment:
-            detail = f"trajectory {trajectory.label} is at segment {trajectory.segment}, this is of {event.segment}"
-            return ("old_segment" if event.segment < trajectory.segment else "unknown_segment"), detail
-        if isinstance(event, m.CloseTrajectory) and event.status not in set(Status):
-            return "bad_status", f"a status is one of {[s.value for s in Status]}, got {event.status!r}"
-        return None
-
-    def close(self, now: float, event: m.CloseTrajectory) -> None:
+    def hear(self, now: float, event: problems.OfTrajectory) -> None:
+        """What an actor says of its trajectory, and `problems.of_trajectory` has nothing against."""
+        if isinstance(event, m.OpenBranch):
+            self.branch(now, event)
+            return
         trajectory = self.groups[event.group].members[event.member]
+        match event:
+            case m.CloseTrajectory():
+                self._close(now, trajectory, event)
+            case m.AppendTokens():
+                self._append(now, trajectory, event)
+            case m.Interrupted():
+                if trajectory.state is State.IN_FLIGHT and not trajectory.resting:
+                    self.resuming.interrupted(now, trajectory, event.reason or INTERRUPTED, event.num_sampled)
+
+    def _append(self, now: float, trajectory: Trajectory, event: m.AppendTokens) -> None:
+        # One that has to be resumed hears so instead: the segment was not whole.
+        if trajectory.state is State.IN_FLIGHT and not trajectory.interrupted:
+            trajectory.appending, trajectory.spoke = event.token_ids.tobytes(), now
+            trajectory.num_sampled = event.num_sampled
+            self._settle(now, trajectory)
+
+    def _close(self, now: float, trajectory: Trajectory, event: m.CloseTrajectory) -> None:
         failed = event.status == Status.FAILED
-        trajectory.closed, trajectory.failed = True, failed
+        trajectory.closed, trajectory.failed, trajectory.appending = True, failed, b""
         if trajectory.state is State.DROPPED:
             # The abort that a cancelling actor causes may overtake its close.
             if failed and trajectory.reason == INTERRUPTED != event.reason and not trajectory.cancelled:
@@ -156,12 +165,6 @@ class Store:
         trajectory.num_sampled = event.num_sampled
         self._settle(now, trajectory)
 
-    def interrupt(self, now: float, event: m.Interrupted) -> None:
-        trajectory = self.groups[event.group].members[event.member]
-        if trajectory.state is not State.IN_FLIGHT or trajectory.resting:
-            return
-        self.resuming.interrupted(now, trajectory, event.reason or INTERRUPTED, event.num_sampled)
-
     def overdue(self, now: float, deadline_s: float) -> None:
         """Let groups that have grown for too long go on without their unfinished members."""
         late = [g for g in self.groups.values() if g.state is State.IN_FLIGHT and now - g.opened > deadline_s]
@@ -172,32 +175,56 @@ class Store:
                     self._drop_member(now, trajectory, "deadline")
 
     def _settle(self, now: float, trajectory: Trajectory) -> None:
-        """Complete, drop or resume a trajectory if what has arrived decides it."""
+        """Complete, continue, drop or resume a trajectory if what has arrived decides it."""
         if trajectory.state is not State.IN_FLIGHT or trajectory.complete:
             return
-        if trajectory.closed:
+        if trajectory.said_over:
+            # If its actor has nothing from this segment, nothing was asked in it.
+            ended = bool(trajectory.finish) or trajectory.num_sampled == trajectory.base
             if trajectory.finish == Finish.ABORT:
                 self._tallies.aborted += 1
-                self._drop_member(now, trajectory, INTERRUPTED)
-            elif trajectory.finish and trajectory.received == trajectory.num_sampled:
-                trajectory.complete = True
-                self._tallies.finished(trajectory)
-                self._member_settled(now, trajectory.group)
-            elif trajectory.finish or trajectory.received > trajectory.num_sampled:
-                self._drop_member(now, trajectory, "count_mismatch")
+                self._break(now, trajectory, INTERRUPTED)
+            elif ended and trajectory.received == trajectory.num_sampled:
+                self._go_on(now, trajectory)
+            elif ended or trajectory.received > trajectory.num_sampled:
+                self._break(now, trajectory, "count_mismatch")
             elif trajectory.lost > trajectory.received:
-                self._drop_member(now, trajectory, "broken_stream")
+                self._break(now, trajectory, "broken_stream")
             else:
                 self.resuming.rest_if_orphaned(now, trajectory)
         elif trajectory.interrupted and not trajectory.resting:
             self.resuming.rest_if_whole(now, trajectory)
 
+    def _break(self, now: float, trajectory: Trajectory, reason: str) -> None:
+        """Its stream is not what its actor said it was."""
+        if trajectory.appending:  # nothing runs, but its actor waits
+            self._out.send(trajectory.group.actor, cancel_order(trajectory, reason))
+        self._drop_member(now, trajectory, reason)
+
+    def _go_on(self, now: float, trajectory: Trajectory) -> None:
+        """Its segment is whole."""
+        turned = trajectory.received > trajectory.turned_at
+        trajectory.turns += turned
+        trajectory.turned_at = trajectory.received
+        self._tallies.turns += turned
+        ran, waited = trajectory.seen - trajectory.began, max(0.0, trajectory.spoke - trajectory.seen)
+        if turned:  # nothing ran before a prompt that the member brought itself
+            self.admission.turn(ran, waited if trajectory.appending else 0.0)
+        if trajectory.appending:
+            self._tallies.appended_tokens += self.resuming.append(now, trajectory)
+        elif not len(trajectory.context):
+            self._drop_member(now, trajectory, "no_prompt")
+        else:
+            trajectory.complete = True
+            self._tallies.finished(trajectory)
+            self._member_settled(now, trajectory.group)
+
     def _member_settled(self, now: float, group: Group) -> None:
         group.pending -= 1
         if group.pending:
             return
-        survivors = list(group.survivors())
-        if len(survivors) < min(2, len(group.members)):
+        survivors = {trajectory.episode for trajectory in group.survivors()}
+        if len(survivors) < min(2, sum(t.episode == t.member for t in group.members)):
             self.drop_group(group, "too_few_members")
             return
         group.summarise()
@@ -228,8 +255,7 @@ class Store:
         if not trajectory.closed and not trajectory.complete and trajectory.state is State.IN_FLIGHT:
             if not trajectory.finish:
                 self._tallies.cancel(trajectory, reason)
-            cancel = m.Cancel(group=trajectory.group.id, member=trajectory.member, reason=reason)
-            self._out.send(trajectory.group.actor, cancel)
+            self._out.send(trajectory.group.actor, cancel_order(trajectory, reason))
 
     def _drop_member(self, now: float, trajectory: Trajectory, reason: str) -> None:
         self._drop(trajectory, reason)
@@ -299,10 +325,10 @@ class Store:
                 self._count(counts, trajectory)
                 assert self.assembly.by_rid.get(trajectory.rid) is trajectory, f"{trajectory.rid} leads elsewhere"
                 if trajectory.state in (State.IN_FLIGHT, State.READY, State.LEASED, State.APPLIED):
-                    held = {len(trajectory.ids) // 4, len(trajectory.logprobs) // 4}
-                    held |= {sum(count for _, _, count in trajectory.spans), trajectory.received}
+                    flags = trajectory.sampled_flags()
+                    held = {len(trajectory.ids) // 4, len(trajectory.logprobs) // 4, len(flags)}
                     assert len(held) == 1, f"trajectory {trajectory.label}: columns of {held} tokens"
-                    assert trajectory.base <= trajectory.received
+                    assert trajectory.base <= trajectory.received == int(flags.sum()), trajectory.label
         ledger = self._ledger
         books: Counter[tuple[str, str]] = Counter()
         for state in (*LIVE, State.COMMITTED):

@@ -7,6 +7,7 @@ import numpy as np
 
 from queues.ledger import Ledger, State
 from queues.tallies import Settled, Tallies, Window
+from queues.waits import growing
 from stream_rl.messages import Applied, Lease, StepRecord
 from stream_rl.metrics import quantile
 
@@ -42,6 +43,9 @@ def summary(core: "QueueCore") -> dict[str, object]:
         "wholly_masked": sum(m == n for n, m in zip(tallies.lengths, tallies.too_old, strict=True)),
         "length_bias": _length_bias(tallies, ledger),
         "resumed": {"engine_lost": 0} | tallies.resumed,
+        "turns": tallies.turns,
+        "branches": tallies.branches,
+        "appended_tokens": tallies.appended_tokens,
         "forked_steps": tallies.forked_steps,
         "tasks": {
             name.replace(".", "_"): {
@@ -68,6 +72,8 @@ def summary(core: "QueueCore") -> dict[str, object]:
         "decode_step_ms_p50": 1000 * tallies.engine_histogram("decode_step_seconds").quantile(0.5),
         "plugin_cpu_share": _share(counter("hook_cpu_seconds"), counter("scheduler_cpu_seconds")),
         "plugin_thread_cpu_share": _share(counter("thread_cpu_seconds"), counter("scheduler_cpu_seconds")),
+        "engine_busy_s": counter("busy_seconds"),
+        "learner_busy_s": tallies.learner_busy_s,
         "engine_busy": _share(counter("busy_seconds"), counter("wall_seconds")),
         "learner_busy": _share(tallies.learner_busy_s, tallies.learner_wall_s),
         "stock": {name.replace(".", "_"): dict(counts) for name, counts in tallies.stock.items()},
@@ -106,6 +112,8 @@ def progress(core: "QueueCore") -> dict[str, object]:
             },
             "admitted": sum(len(groups) for groups in core.admitted.values()),
             "resting": core.store.resuming.resting,
+            "waiting_for_environment": sum(t.asks_nobody for t in growing(core)),
+            "occupancy": core.store.admission.occupancy,
             "again": len(core.steps.again),
             "outstanding_limit": core.store.admission.limit,
             "ready_trainable_tokens": core.store.ready.trainable_tokens,
@@ -127,9 +135,11 @@ def step_record(core: "QueueCore", event: Applied, lease: Lease, settled: Settle
         "reward_mean": window.reward_mean,
         "finished": window.finished,
         "finished_tokens_mean": window.sampled / max(window.finished, 1),
+        "finished_turns_mean": window.turns / max(window.finished, 1),
         "trained": float(event.outcome == "trained"),
         "lease_groups": len(np.unique(lease.groups)),
         "lease_trajectories": len(lease.lengths),
+        "lease_branches": int((lease.episodes != lease.members).sum()),
         "lease_tokens": len(lease.token_ids),
         "lease_reward_mean": float(lease.rewards.mean()),
         "trained_tokens": settled.trained,
@@ -138,6 +148,7 @@ def step_record(core: "QueueCore", event: Applied, lease: Lease, settled: Settle
         "token_age_max": max(settled.ages, default=0),
         "received_tokens_total": core.ledger.received,
         "trained_tokens_total": core.tallies.trained,
+        "appended_tokens_total": core.tallies.appended_tokens,
         "in_flight": core.ledger.trajectories[State.IN_FLIGHT],
         "ready": core.ledger.trajectories[State.READY],
         "dropped_total": core.ledger.trajectories[State.DROPPED],

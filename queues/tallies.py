@@ -30,12 +30,14 @@ MAX_NAMES = 64
 
 @dataclass(slots=True)
 class Window:
-    """Trajectories that finished while one step was awaited, before any filter."""
+    """Episodes that finished while one step was awaited, before any filter: each as the trajectory that it began as."""
 
     finished: int = 0
     rewards: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
     sampled: int = 0
+    """With those of their branches, as the next."""
+    turns: int = 0
 
     @property
     def reward_mean(self) -> float:
@@ -103,6 +105,12 @@ class Tallies:
         """Applied steps that a restart of the learner took back; their leases were handed out again."""
         self.resumed: Counter[str] = Counter()
         """Segments that went on elsewhere, by why the one before ended."""
+        self.turns = 0
+        """Turns of the model: segments that ended by themselves, with tokens in them."""
+        self.branches = 0
+        """Trajectories that were opened beside the one that their episode began as."""
+        self.appended_tokens = 0
+        """Of environments, tools and users; prompts that were brought in the same way are among them."""
         self.tasks: dict[str, TaskTally] = {}
         self.learner_busy_s = 0.0
         self.learner_wall_s = 0.0
@@ -129,9 +137,12 @@ class Tallies:
 
     def finished(self, trajectory: Trajectory) -> None:
         window = self.windows[-1]
+        window.sampled += trajectory.received
+        window.turns += trajectory.turns
+        if trajectory.episode != trajectory.member:
+            return
         window.finished += 1
         window.rewards += trajectory.reward
-        window.sampled += trajectory.received
         for name, value in trajectory.reward_parts.items():
             name = count_name(window.parts, name)
             window.parts[name] = window.parts.get(name, 0.0) + value

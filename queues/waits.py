@@ -23,12 +23,12 @@ def why(core: "QueueCore", most: int) -> list[str]:
     if core.closed:
         return ["nothing: the run has ended"]
     lines = [line for line in _run(core) if line]
-    growing = sorted(_growing(core), key=lambda trajectory: trajectory.seen)
-    for trajectory in growing[: max(0, most - len(lines))]:
+    those = sorted(growing(core), key=lambda trajectory: trajectory.seen)
+    for trajectory in those[: max(0, most - len(lines))]:
         quiet = f"{core.now - trajectory.seen:.0f} s ago"
         last = f"last token {quiet}" if trajectory.engine else f"asked for {quiet}"
         lines.append(f"group {trajectory.group.id} waits for {_waits_for(trajectory)}, {last}")
-    if rest := len(growing) - (most - len(lines)):
+    if rest := len(those) - (most - len(lines)):
         lines += [f"and {rest} more trajectories"] if rest > 0 and len(lines) >= most else []
     return lines or ["nothing is under way"]
 
@@ -58,7 +58,7 @@ def _inputs(core: "QueueCore") -> Iterator[str]:
     for actor, groups in core.admitted.items():
         if groups:
             yield f"{actor} to open {len(groups)} groups"
-    yield from (_waits_for(trajectory) for trajectory in _growing(core))
+    yield from (_waits_for(trajectory) for trajectory in growing(core))
 
 
 def _steps(core: "QueueCore") -> Iterator[str]:
@@ -75,9 +75,12 @@ def _steps(core: "QueueCore") -> Iterator[str]:
         yield f"step {core.steps.lease.message.step} to be applied"
     elif core.steps.waiting is None:
         yield f"the lease request for step {core.histories.last}"
+    elif core.settings.queue.mode == "synchronous":
+        yield from (f"{peer.name} to hold version {core.histories.last}" for peer in core.behind(core.histories.last))
 
 
-def _growing(core: "QueueCore") -> Iterator[Trajectory]:
+def growing(core: "QueueCore") -> Iterator[Trajectory]:
+    """Trajectories in flight that are not complete."""
     for group in core.store.groups.values():
         if group.state is State.IN_FLIGHT:
             yield from (t for t in group.members if t.state is State.IN_FLIGHT and not t.complete)
@@ -87,7 +90,9 @@ def _waits_for(trajectory: Trajectory) -> str:
     name, actor = f"trajectory {trajectory.label}", trajectory.group.actor
     if trajectory.resting:
         return f"{name} to be resumed in the next round"
-    if not trajectory.finish:
+    if not trajectory.finish and not trajectory.asks_nobody:
         stopping = " (told to stop it)" if trajectory.parking else ""
         return f"{name} on {trajectory.engine or 'an engine'}{stopping}"
+    if trajectory.asks_nobody:
+        return f"{actor} to go on with {name} or to close it: what its environment or its reward says"
     return f"{actor} to {'say how it was interrupted' if trajectory.finish == 'abort' else 'close'}: {name}"

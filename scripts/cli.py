@@ -10,8 +10,10 @@ import click
 
 from scripts.bench.cli import bench
 from scripts.learner_cli import learner
+from scripts.model_cli import model
 from scripts.queue_cli import queue
 from scripts.simulation.cli import simulate
+from scripts.trajectory_cli import trajectory
 from scripts.weights_cli import weights
 from stream_rl import config
 from stream_rl.errors import ConfigError, StreamRLError
@@ -34,6 +36,7 @@ def cli() -> None:
 @click.argument("recipe", type=click.Path(exists=True, path_type=pathlib.Path))
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 @click.option("--resume", is_flag=True, help="Go on with the run in the recipe's directory, from its last checkpoint.")
+@click.option("--hold", is_flag=True, help="Wait for a line on standard input before rollouts begin.")
 @click.option("--rollout-only", is_flag=True, help="Keep the leases in the run's directory and train on none of them.")
 @click.option(
     "--train-only",
@@ -43,8 +46,9 @@ def cli() -> None:
     help="Train on the leases in this directory, or in this run's, without engines.",
 )
 def train(
-    recipe: pathlib.Path, overrides: tuple[str, ...], resume: bool, rollout_only: bool, leases: pathlib.Path | None
-) -> None:
+    recipe: pathlib.Path, overrides: tuple[str, ...], resume: bool, hold: bool, rollout_only: bool,
+    leases: pathlib.Path | None,
+) -> None:  # fmt: skip
     """Train by a RECIPE (a TOML file, or a run's directory for the recipe there), with any of its keys overridden."""
     if leases is not None and (resume or rollout_only):
         raise click.UsageError("--train-only goes with neither --resume nor --rollout-only")
@@ -67,32 +71,12 @@ def train(
     if resume and (summary := runs.summary_of(loaded.run_directory)) is not None:
         click.echo(f"{loaded.run_directory} has come to its end; there is nothing to go on with.")
     else:
-        summary = run(loaded, resume)
+        summary = run(loaded, resume, hold)
     _print_summary(loaded, summary)
 
 
-for command in (queue, learner, simulate, bench, weights):
+for command in (queue, learner, simulate, bench, weights, model, trajectory):
     cli.add_command(command)
-
-
-@cli.group()
-def model() -> None:
-    """Model directories."""
-
-
-@model.command()
-@click.argument("directory", type=click.Path(path_type=pathlib.Path))
-@click.option("--seed", default=0, show_default=True)
-@click.option("--architecture", default="Qwen3ForCausalLM", show_default=True)
-def tiny(directory: pathlib.Path, seed: int, architecture: str) -> None:
-    """Make the quick start's model and tokenizer in DIRECTORY, with random weights; keep one that is there."""
-    from scripts import tiny_model
-
-    if (directory / "model.safetensors").exists():
-        click.echo(f"{directory} is there already")
-        return
-    tiny_model.create(directory, seed=seed, architecture=architecture)
-    click.echo(f"made {directory}")
 
 
 def _print_summary(recipe: config.Recipe, summary: dict[str, Any]) -> None:

@@ -6,6 +6,8 @@ import socket
 
 from tokenizers import Tokenizer
 
+from actors.chat import ChatFormat
+from actors.sampling import RESERVE_TOKENS
 from algorithms import settings
 from engines.megatron.model_shape import ModelShape, read_model_shape
 from engines.megatron.parallel_sizes import check_division, check_processes
@@ -14,7 +16,7 @@ from queues import admission
 from stream_rl.config import Critic, Recipe, Reference, Supervise, Teacher
 from stream_rl.errors import ConfigError, TaskError, WireError
 from stream_rl.plain import pack
-from stream_rl.task import Prompt, load_task
+from stream_rl.task import Prompt, load_task, plays
 
 SGLANG_SIZES = ("dp_size", "data_parallel_size", "pp_size", "pipeline_parallel_size", "nnodes")
 SGLANG_NOT_YET = ("speculative_algorithm", "quantization", "lora_paths", "disaggregation_mode")
@@ -26,8 +28,6 @@ SGLANG_FAMILIAR = frozenset(
 """Options that every supported SGLang has; about any other SGLang is asked first."""
 SIGN_OF_LIFE_SECONDS = 1.0
 """Every process says something to the queue about this often."""
-SGLANG_RESERVE_TOKENS = 6
-"""SGLang takes no prompt within this many tokens of its KV pool."""
 PROMPTS_TRIED = 16
 """Prompts of each split that are made and tokenized beforehand."""
 
@@ -72,12 +72,20 @@ def _check_numbers(recipe: Recipe) -> None:
         )
     for name, value, least in (
         ("run.steps", recipe.run.steps, 1),
+        ("run.seconds", recipe.run.seconds, 0),
         ("rollout.group_size", rollout.group_size, 1),
         ("rollout.heldout_prompts", rollout.heldout_prompts, 0),
         ("rollout.heldout_concurrency", rollout.heldout_concurrency, 1),
         ("rollout.reward_processes", rollout.reward_processes, 1),
         ("rollout.reward_timeout_s", rollout.reward_timeout_s, 0.001),
         ("rollout.request_timeout_s", rollout.request_timeout_s, 0.001),
+        ("rollout.max_kv_age", rollout.max_kv_age, 0),
+        ("agent.processes", recipe.agent.processes, 1),
+        ("agent.max_turns", recipe.agent.max_turns, 1),
+        ("agent.max_turn_tokens", recipe.agent.max_turn_tokens, 0),
+        ("agent.max_context_tokens", recipe.agent.max_context_tokens, 0),
+        ("agent.deadline_s", recipe.agent.deadline_s, 0.001),
+        ("agent.turn_gap_s", recipe.agent.turn_gap_s, 0.001),
         ("learner.micro_batch_tokens", recipe.learner.micro_batch_tokens, 1),
         ("learner.max_sequence_tokens", recipe.learner.max_sequence_tokens, 0),
         ("learner.processes", recipe.learner.processes, 1),
@@ -107,6 +115,7 @@ def _check_numbers(recipe: Recipe) -> None:
     ):
         if value < least:
             raise ConfigError(f"{name} must be at least {least}, got {value}")
+    _check_devices(recipe)
     settings.check(recipe.algorithm)
     compares = recipe.algorithm.advantage in settings.GROUP_RELATIVE or recipe.queue.filter == "equal_rewards"
     if compares and rollout.group_size < 2:
@@ -114,6 +123,16 @@ def _check_numbers(recipe: Recipe) -> None:
             f"rollout.group_size must be at least 2, got {rollout.group_size}: algorithm.advantage = "
             f'"{recipe.algorithm.advantage}" with queue.filter = "{recipe.queue.filter}" compares members of a group'
         )
+
+
+def _check_devices(recipe: Recipe) -> None:
+    ranks = recipe.sglang.get("tp_size", 1)
+    for name, devices, least, why in (
+        ("engine.devices", recipe.engine.devices, ranks, "sglang.tp_size"),
+        ("learner.devices", recipe.learner.devices, recipe.learner.processes, "learner.processes"),
+    ):
+        if devices and (len(set(devices)) < max(least, len(devices)) or min(devices) < 0):
+            raise ConfigError(f"{name} must name {least} GPUs or more ({why}), none of them twice, got {list(devices)}")
 
 
 def _check_models_beside(recipe: Recipe, shape: ModelShape, tokenizer: Tokenizer) -> None:
@@ -203,10 +222,17 @@ def _check_sglang(recipe: Recipe) -> None:
 
 
 def _check_prompts(recipe: Recipe, shape: ModelShape, tokenizer: Tokenizer) -> None:
-    use, room = recipe.task.use, shape.max_positions - recipe.rollout.max_new_tokens
-    room = min(room, recipe.sglang.get("context_length", shape.max_positions) - recipe.rollout.max_new_tokens)
-    room = min(room, recipe.sglang.get("max_total_tokens", 1 << 40) - SGLANG_RESERVE_TOKENS)
+    use, context = recipe.task.use, min(shape.max_positions, recipe.sglang.get("context_length", shape.max_positions))
+    pool = recipe.sglang.get("max_total_tokens", 1 << 40) - RESERVE_TOKENS
     task = load_task(use, recipe.task.options)
+    if plays(task):  # what fits is seen turn by turn; an episode may bring its prompt itself
+        least, room = 0, min(context, pool) - 1
+        beside = "one sampled token"
+        if recipe.agent.chat_template or recipe.agent.tool_parser or recipe.agent.reasoning_parser:
+            ChatFormat.load(recipe)
+    else:
+        least, room = 1, min(context - recipe.rollout.max_new_tokens, pool)
+        beside = f"rollout.max_new_tokens = {recipe.rollout.max_new_tokens}"
     for split in ("train", "heldout"):
         if split == "heldout" and recipe.rollout.heldout_prompts == 0:
             continue
@@ -222,10 +248,12 @@ def _check_prompts(recipe: Recipe, shape: ModelShape, tokenizer: Tokenizer) -> N
             try:
                 pack(dict(prompt.data))
             except WireError as error:
-                raise TaskError(f"{use}: a prompt's data cannot travel to the reward process: {error}") from error
+                raise TaskError(
+                    f"{use}: a prompt's data cannot travel to the process that scores or plays it: {error}"
+                ) from error
             length = len(tokenizer.encode(prompt.text).ids)
-            if not 0 < length <= room:
+            if not least <= length <= room:
                 raise ConfigError(
-                    f"{use}: a prompt of {length} tokens; it must have 1 to {room}, what the context or the KV pool "
-                    f"leaves beside rollout.max_new_tokens = {recipe.rollout.max_new_tokens}"
+                    f"{use}: a prompt of {length} tokens; it must have {least} to {room}, what the context or the KV "
+                    f"pool leaves beside {beside}"
                 )

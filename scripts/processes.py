@@ -41,13 +41,26 @@ class Child:
         self._swept = False
 
     @classmethod
-    async def start(cls, name: str, module: str, arguments: Sequence[str], log: pathlib.Path, threads: int) -> "Child":
-        """Run `python -m module`; its output is appended to `log`.  Cancelled, it leaves no process behind."""
+    async def start(
+        cls,
+        name: str,
+        module: str,
+        arguments: Sequence[str],
+        log: pathlib.Path,
+        threads: int,
+        devices: Sequence[int] = (),
+    ) -> "Child":
+        """Run `python -m module`; its output is appended to `log`.  Cancelled, it leaves no process behind.
+
+        devices: GPUs that it sees; all if there are none.
+        """
         environment = os.environ | {
             "OMP_NUM_THREADS": str(threads),
             "PYTHONUNBUFFERED": "1",
             runtime.PARENT: str(os.getpid()),
         }
+        if devices:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
         environment.pop("PYTHONDONTWRITEBYTECODE", None)  # SGLang would compile itself at every start
         read, write = os.pipe()
         try:

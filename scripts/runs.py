@@ -26,10 +26,10 @@ from stream_rl import config
 from stream_rl.errors import ConfigError
 
 MAY_CHANGE: Mapping[str, Sequence[str]] = {
-    "run": ("name", "directory", "steps"),
+    "run": ("name", "directory", "steps", "seconds"),
     "rollout": ("heldout_concurrency", "reward_processes", "reward_timeout_s", "request_timeout_s"),
     "queue": OF_THE_PROCESS,
-    "learner": ("micro_batch_tokens", "threads", "processes", "checkpoint_every", "max_skipped_steps",
+    "learner": ("micro_batch_tokens", "threads", "processes", "devices", "checkpoint_every", "max_skipped_steps",
                 "capsules", "peak_flops"),
     "learner.model": ("tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel",
                       "recompute_granularity", "recompute_method", "recompute_num_layers"),

@@ -31,6 +31,8 @@ class Program:
     peer: str = ""
     """Its name in the queue's registry: learner-0."""
     threads: int = 1
+    devices: tuple[int, ...] = ()
+    """GPUs that it sees; empty: all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,8 @@ class Kept:
         words = [*self._arguments, *self.program.arguments, "--incarnation", str(self.incarnation + 1)]
         if self.program.keeps_address and self.address:
             words += ["--bind", self.address]
-        child = await Child.start(self.program.name, self.program.module, words, self._log, self.program.threads)
+        program = self.program
+        child = await Child.start(program.name, program.module, words, self._log, program.threads, program.devices)
         self._child, self._verdict = child, ""
         self.incarnation += 1
         return child

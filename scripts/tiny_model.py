@@ -65,7 +65,13 @@ def create(
     }
     _write(directory / "config.json", config)
     _write(directory / "generation_config.json", ids)
-    tokenizer.save(str(directory / "tokenizer.json"))
+    write_tokenizer(directory, max_positions)
+    save_file(_weights(directory, np.random.default_rng(seed), std), directory / "model.safetensors", {"format": "pt"})
+
+
+def write_tokenizer(directory: pathlib.Path, max_positions: int) -> None:
+    """tokenizer.json and tokenizer_config.json."""
+    _tokenizer().save(str(directory / "tokenizer.json"))
     _write(
         directory / "tokenizer_config.json",
         {
@@ -76,7 +82,6 @@ def create(
             "model_max_length": max_positions,
         },
     )
-    save_file(_weights(directory, np.random.default_rng(seed), std), directory / "model.safetensors", {"format": "pt"})
 
 
 def _weights(directory: pathlib.Path, rng: np.random.Generator, std: float) -> dict[str, npt.NDArray[np.float32]]:

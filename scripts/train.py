@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import os
 import pathlib
 import signal
@@ -22,7 +23,6 @@ from typing import Any
 
 from scripts import preflight, runs
 from scripts.progress import Dashboard
-from scripts.report import plot
 from scripts.runs import Run
 from scripts.supervisor import Processes, Program, Restart
 from stream_rl import config
@@ -33,6 +33,7 @@ from stream_rl.session import Session
 from stream_rl.task import task_file
 from stream_rl.transport import Dealer
 
+HELD = "held: everything but the rollout actor is up"
 NOT_IN_SUMMARY = ("queue", "peers")
 """Parts of the queue's status that tell of a moment, not of the run."""
 
@@ -43,6 +44,8 @@ class Stage:
 
     says: str
     programs: Sequence[Program]
+    held: bool = False
+    """With `--hold` it waits for a line on standard input."""
 
 
 def stages(recipe: config.Recipe) -> list[Stage]:
@@ -55,12 +58,13 @@ def stages(recipe: config.Recipe) -> list[Stage]:
     )
     learner = of_learner(
         recipe,
-        Program(name="learner", module="actors.learner", links=links, peer="learner-0", threads=recipe.learner.threads),
-    )
+        Program(name="learner", module="actors.learner", links=links, peer="learner-0", threads=recipe.learner.threads,
+                devices=recipe.learner.devices[: recipe.learner.processes]),
+    )  # fmt: skip
     engines = [
         Program(
             name=name, module="engines.sglang.server", links=links, peer=name,
-            arguments=("--name", name, "--port", str(port and port + i)),
+            arguments=("--name", name, "--port", str(port and port + i)), devices=_devices(recipe, i),
         )
         for i in range(recipe.engine.count) for name in [f"engine-{i}"]
     ]  # fmt: skip
@@ -71,8 +75,14 @@ def stages(recipe: config.Recipe) -> list[Stage]:
         Stage(
             f"starting {recipe.engine.count} x SGLang and the learner (about half a minute)", [learner, *engines]
         ),
-        Stage("starting the rollout actor; held-out prompts first", [actor]),
+        Stage("starting the rollout actor; held-out prompts first", [actor], held=True),
     ]  # fmt: skip
+
+
+def _devices(recipe: config.Recipe, engine: int) -> tuple[int, ...]:
+    """GPUs of the engine with this number."""
+    devices, ranks = recipe.engine.devices, recipe.sglang.get("tp_size", 1)
+    return tuple(devices[(engine * ranks + rank) % len(devices)] for rank in range(ranks)) if devices else ()
 
 
 def of_learner(recipe: config.Recipe, program: Program) -> Program:
@@ -84,30 +94,35 @@ def of_learner(recipe: config.Recipe, program: Program) -> Program:
     return dataclasses.replace(program, module="engines.megatron.launch", arguments=(*program.arguments, *words))
 
 
-def train(recipe: config.Recipe, resume: bool = False) -> dict[str, Any]:
+def train(recipe: config.Recipe, resume: bool = False, hold: bool = False) -> dict[str, Any]:
     """Run a recipe to its end, from its beginning or from where its run was left; the summary.
+
+    hold: wait for a line on standard input when all but the rollout actor is up, having said HELD.
 
     Raises StreamRLError naming what is wrong or what died, KeyboardInterrupt after a clean stop by Ctrl-C.
     """
     preflight.check(recipe)
     run = runs.resume(recipe) if resume else runs.begin(recipe, functools.partial(print, file=sys.stderr))
     try:
-        summary = supervise(run, stages)
+        summary = supervise(run, stages, hold)
     except (StreamRLError, KeyboardInterrupt):
         if any(read_lines(run.directory / "learner.jsonl")):  # a step was taken
             print(f"go on with: stream-rl train {run.directory} --resume", file=sys.stderr)
         raise
     run.write_summary(finite(summary))
-    plot(run.directory)
+    if importlib.util.find_spec("matplotlib") is not None:  # a machine that only trains may do without
+        from scripts.report import plot
+
+        plot(run.directory)
     return summary
 
 
-def supervise(run: Run, table: Callable[[config.Recipe], Sequence[Stage]]) -> dict[str, Any]:
+def supervise(run: Run, table: Callable[[config.Recipe], Sequence[Stage]], hold: bool = False) -> dict[str, Any]:
     """Run the processes of `table` until the queue says that the run has finished; the summary."""
     recipe = run.recipe
     with Dashboard(recipe.run.name, recipe.run.steps, recipe.supervise.plain_progress_s) as dashboard:
         try:
-            return asyncio.run(_Run(run, dashboard, table).run())
+            return asyncio.run(_Run(run, dashboard, table, hold).run())
         except asyncio.CancelledError:  # SIGTERM
             raise KeyboardInterrupt from None
 
@@ -115,8 +130,11 @@ def supervise(run: Run, table: Callable[[config.Recipe], Sequence[Stage]]) -> di
 class _Run:
     """One life of a run, from the first process to the last."""
 
-    def __init__(self, run: Run, dashboard: Dashboard, table: Callable[[config.Recipe], Sequence[Stage]]) -> None:
+    def __init__(
+        self, run: Run, dashboard: Dashboard, table: Callable[[config.Recipe], Sequence[Stage]], hold: bool
+    ) -> None:
         recipe, directory = run.recipe, run.directory
+        self._hold = hold
         self._run, self._recipe, self._directory = run, recipe, directory
         self._dashboard, self._table = dashboard, table
         self._processes = Processes(
@@ -183,7 +201,7 @@ class _Run:
         told = unflatten(status.fields, status.texts)
         self._processes.follow({name: peer["incarnation"] for name, peer in told.get("peers", {}).items()})
         version, taken = told["queue"]["version"], told["queue"]["version_step"]
-        if status.texts.get("weights_hash_learner") and taken < self._recipe.run.steps:
+        if status.texts.get("weights_hash_learner") and taken < self._recipe.run.steps and not self._recipe.run.seconds:
             raise StreamRLError(
                 f"run.steps can be raised until a run has taken its last step: this one has taken all {taken} and only "
                 f"its end is left; go on with run.steps={taken}"
@@ -193,6 +211,9 @@ class _Run:
 
     async def _start(self, keeping: asyncio.TaskGroup, table: Sequence[Stage]) -> None:
         for stage in table:
+            if stage.held and self._hold:
+                self._dashboard.phase(HELD)
+                await _line()
             self._dashboard.phase(stage.says)
             await self._processes.start(keeping, stage.programs)
 
@@ -298,6 +319,18 @@ class _Run:
 
     def _wall(self) -> float:
         return time.monotonic() - self._began
+
+
+async def _line() -> None:
+    """Wait for a line on standard input.  Raises StreamRLError at its end: whoever held the run is gone."""
+    reader = asyncio.StreamReader()
+    protocol = asyncio.StreamReaderProtocol(reader)
+    pipe, _ = await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, sys.stdin)
+    try:
+        if not await reader.readline():
+            raise StreamRLError("standard input ended while the run was held")
+    finally:
+        pipe.close()
 
 
 def _is_closed(status: Status) -> bool:

@@ -26,6 +26,8 @@ class Run:
     name: str
     steps: int
     """Optimizer steps to take."""
+    seconds: float = 0.0
+    """The first step to end so long after the first lease is the last, if there were not `steps` of them.  0: none."""
     seed: int = 0
     directory: str = "runs"
 
@@ -57,6 +59,9 @@ class Rollout:
     reward_timeout_s: float = 10.0
     request_timeout_s: float = 600.0
     """Longest that one request to an engine may take."""
+    max_kv_age: int = 8
+    """Versions.  A later segment reuses the prefix that its trajectory left on the engine while the oldest weights in
+    it are at most this many versions behind; past that the prefix is computed again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,9 +70,11 @@ class Queue:
     """A step trains on at least this many trainable tokens."""
     max_tokens: int
     """A lease holds at most this many tokens of any kind; a larger group is leased alone."""
-    mode: Literal["streaming", "rounds"] = "streaming"
+    mode: Literal["streaming", "rounds", "synchronous", "one_step_off"] = "streaming"
     """streaming: nothing is cut because a batch filled.  rounds (APRIL): over-provision, stop when a step's tokens are
-    there, resume what was cut first in the next round."""
+    there, resume what was cut first in the next round.  synchronous and one_step_off, to compare with: a step trains on
+    all of `first_groups` groups; the next are begun when every engine holds the version that it came to, or when its
+    lease was taken."""
     in_flight: Literal["steered", "fixed"] = "steered"
     """streaming: how many groups are under way.  steered: up to the engines' measured saturation knee, and fewer when
     trained tokens get older than `target_token_age`; fixed: `over_provision`."""
@@ -153,6 +160,8 @@ class Learner:
     model.pipeline_model_parallel_size leaves of them is data-parallel."""
     process_timeout_s: float = 600.0
     """Longest that one of them waits for another."""
+    devices: tuple[int, ...] = ()
+    """GPUs of this machine for its processes, one each; engines may be on them too.  Empty: the first ones."""
     threads: int = 1
     """CPU threads of each learner process."""
     checkpoint_every: int = 20
@@ -170,7 +179,8 @@ class Learner:
     """megatron-core DistributedDataParallelConfig, under its own names: use_distributed_optimizer, ..."""
     leases: Literal["train", "record", "only_record"] = "train"
     """What becomes of a lease.  record: it is also kept under leases/ in the run's directory, so that the steps can be
-    taken again (`stream-rl learner replay`, `stream-rl train --train-only`); only_record: it is kept and not trained on
+    taken again (`stream-rl learner replay`, `stream-rl train --train-only`), and with it, for one more forward pass a
+    step, the learner's log-probs (`stream-rl trajectory show`); only_record: it is kept and not trained on
     (`stream-rl train --rollout-only`)."""
     max_skipped_steps: int = 10
     """So many skipped steps in a row end the run.  0: they never do."""
@@ -226,6 +236,9 @@ class WarmStart:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
+    delivery: Literal["live", "reload"] = "live"
+    """live: in the background, between two steps of the engine.  reload: to compare with, as others do it; each engine
+    is paused for each version and loads all weights from a checkpoint on the disk."""
     part_bytes: int = 4 << 20
     """A part of an update has about this size; one slice of a tensor, 16 MiB at most, is never divided."""
     parts_ahead: int = 4
@@ -245,6 +258,9 @@ class Weights:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Engine:
     count: int = 1
+    devices: tuple[int, ...] = ()
+    """GPUs of this machine that the engines take in turn, each as many as its `sglang.tp_size`.  Empty: all of them see
+    all, and take the first."""
     chunk_tokens: int = 16
     """A chunk leaves the scheduler when a request has this many new tokens ..."""
     chunk_seconds: float = 0.25
@@ -254,6 +270,30 @@ class Engine:
     resend_seconds: float = 2.0
     """Unacknowledged chunks are sent again after this long."""
     start_timeout_s: float = 300.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Agent:
+    """Tasks of many turns; see stream_rl/episode.py."""
+
+    processes: int = 1
+    """Environment processes; each plays many episodes."""
+    max_turns: int = 200
+    """Of an episode, over all of its branches."""
+    max_turn_tokens: int = 0
+    """Sampled tokens of one turn.  0: as many as `rollout.max_new_tokens` leaves, which is of a whole trajectory."""
+    max_context_tokens: int = 0
+    """Tokens of a trajectory, prompt and observations included.  0: as many as the engines take."""
+    deadline_s: float = 3600.0
+    """Of an episode, from its start."""
+    turn_gap_s: float = 600.0
+    """Longest that an environment may take from one turn of the model to the next; one that hangs is ended."""
+    tool_parser: str = ""
+    """SGLang's name of the format in which the model calls tools: qwen25, llama3, ...; empty: calls are not parsed."""
+    reasoning_parser: str = ""
+    """SGLang's name of the format in which the model reasons: qwen3, deepseek-r1, ...; empty: it is in the text."""
+    chat_template: str = ""
+    """A Jinja file in place of the model's own template."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -290,6 +330,7 @@ class Recipe:
     warm_start: WarmStart = field(default_factory=WarmStart)
     weights: Weights = field(default_factory=Weights)
     engine: Engine = field(default_factory=Engine)
+    agent: Agent = field(default_factory=Agent)
     supervise: Supervise = field(default_factory=Supervise)
     sglang: dict[str, Any] = field(default_factory=dict)
     """SGLang server arguments under their own names."""

@@ -1,7 +1,7 @@
-"""What a user writes: prompts, and a reward.
+"""What a user writes: prompts, and a reward; or, for a task of many turns, `play` (see stream_rl/episode.py).
 
-A task is one small class in one file.  It is imported in two places, the rollout actor (prompts) and the reward
-processes (reward), so it must be cheap to make and must not share state between the two.
+A task is one small class in one file.  It is imported in two places, the rollout actor (prompts) and the reward or
+environment processes (reward, play), so it must be cheap to make and must not share state between the two.
 
     class Reverse:
         def __init__(self, words: int = 3) -> None: ...
@@ -18,11 +18,12 @@ processes (reward), so it must be cheap to make and must not share state between
 
 import importlib
 import importlib.util
+import inspect
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, cast
 
 from stream_rl.errors import ConfigError, TaskError
 
@@ -37,11 +38,13 @@ class Prompt:
     """Tokenized once, as it is."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """Anything that msgpack can carry to the reward process."""
+    max_new_tokens: tuple[int, ...] = ()
+    """Of the answer of each member of its group, the last standing for all further ones; within
+    `rollout.max_new_tokens`, which holds for all if there are none here.  For tasks with `reward`."""
 
 
-@runtime_checkable
 class Task(Protocol):
-    """Prompts, and a reward."""
+    """Prompts, and a reward or `play`."""
 
     def prompts(self, split: Split, seed: int) -> Iterator[Prompt]:
         """Prompts in a reproducible order: endless (or repeating) for training, finite or endless for held-out."""
@@ -51,6 +54,11 @@ class Task(Protocol):
         """Score of one completion, its stop token left out.  A mapping gives parts; its key "reward" is the score.
         Raising, or taking too long, costs this one trajectory."""
         ...
+
+
+def plays(task: Task) -> bool:
+    """Whether it has `play`, whose episodes have as many turns as they like; then it needs no `reward`."""
+    return callable(getattr(task, "play", None))
 
 
 def load_task(target: str, options: Mapping[str, Any]) -> Task:
@@ -72,11 +80,14 @@ def load_task(target: str, options: Mapping[str, Any]) -> Task:
         raise ConfigError(f"task.options do not fit {target}: {error}") from error
     except Exception as error:  # the user's code may raise anything
         raise TaskError(f"{target} raised while it was made: {type(error).__name__}: {error}") from error
-    for method in ("prompts", "reward"):
-        if not callable(getattr(task, method, None)):
-            raise ConfigError(f"{target} is no task: it needs a method {method}(); see stream_rl/task.py")
-    assert isinstance(task, Task)
-    return task
+    if not callable(getattr(task, "prompts", None)):
+        raise ConfigError(f"{target} is no task: it needs a method prompts(); see stream_rl/task.py")
+    if plays(task):
+        if not inspect.iscoroutinefunction(task.play):
+            raise ConfigError(f"{target}: play must be a coroutine: async def play(self, prompt, model)")
+    elif not callable(getattr(task, "reward", None)):
+        raise ConfigError(f"{target} is no task: it needs a method reward(), or play() for many turns; see stream_rl/")
+    return cast(Task, task)
 
 
 def task_file(target: str) -> pathlib.Path:

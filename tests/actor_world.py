@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import pathlib
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -16,9 +17,12 @@ from tokenizers import Tokenizer
 
 from actors import heldout, segments
 from actors.engine_pool import EnginePool
+from actors.episodes import Episodes, Player
+from actors.one_turn import OneTurn
 from actors.prompts import pack_problem
 from actors.rewards import RewardFailure, Score
 from actors.rollout import RolloutActor
+from actors.sampling import Sampling
 from scripts import tiny_model
 from stream_rl import config
 from stream_rl.messages import CloseTrajectory, Engines, Hello, Interrupted, Resume
@@ -72,6 +76,10 @@ class World:
     queue: FakeQueue
     rewards: Rewards
     tokenizer: Tokenizer
+    player: Player | None = None
+    """In place of one turn and its reward."""
+    episodes: Episodes = dataclasses.field(default_factory=Episodes)
+    counts: Counter[str] = dataclasses.field(default_factory=Counter)
 
     def ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text).ids
@@ -87,7 +95,11 @@ class World:
         ):
             session = Session(dealer, hello, self.recipe.supervise, heartbeat=False)
             await session.start()
-            actor = RolloutActor(self.recipe, RUN, incarnation, session, engines, self.rewards)
+            sampling = Sampling(self.recipe)
+            player = self.player or OneTurn(self.rewards, sampling)
+            actor = RolloutActor(
+                self.recipe, RUN, incarnation, session, engines, player, sampling, self.episodes, self.counts
+            )
             async with asyncio.TaskGroup() as loops:
                 running = [loops.create_task(session.run()), loops.create_task(actor.run())]
                 yield
@@ -109,7 +121,10 @@ class World:
             problem=pack_problem(prompt),
             finish=finish,
             prompt_ids=np.array(self.ids(prompt.text), np.int32),
-            token_ids=np.array(self.ids(text), np.int32),
+            token_ids=(token_ids := np.array(self.ids(text), np.int32)),
+            episode=member,
+            sampled=np.ones(len(token_ids), np.uint8),
+            logprobs=np.full(len(token_ids), -1.0, np.float32),
         )
 
 
@@ -117,6 +132,7 @@ def make_directory(path: pathlib.Path) -> pathlib.Path:
     """A model and a task."""
     tiny_model.create(path / "model", hidden=8, intermediate=8, layers=1, heads=1, kv_heads=1, head_dim=8)
     (path / "count_task.py").write_text(TASK)
+    (path / "runs" / "test").mkdir(parents=True)
     return path
 
 
@@ -139,7 +155,7 @@ def play(scene: Callable[[World], Awaitable[None]], **rollout: Any) -> None:
 def make_recipe(directory: pathlib.Path, **rollout: Any) -> config.Recipe:
     options = {"group_size": 2, "max_new_tokens": BUDGET, "heldout_prompts": 0} | rollout
     return config.Recipe(
-        run=config.Run(name="test", steps=1),
+        run=config.Run(name="test", steps=1, directory=str(directory / "runs")),
         model=config.Model(path=str(directory / "model")),
         task=config.TaskChoice(use=f"{directory}/count_task.py:Count"),
         queue=config.Queue(min_tokens=1, max_tokens=100),

@@ -29,6 +29,7 @@ def plugin_settings(engine: str = "engine-0", incarnation: int = 1, **changes: A
         "chunk_seconds": 0.2,
         "buffer_bytes": 1 << 20,
         "resend_seconds": 1.0,
+        "max_kv_age": 8,
         "launcher_pid": 0,
     }
     return PluginSettings(run=RUN, engine=engine, incarnation=incarnation, **(fields | changes))

@@ -126,8 +126,7 @@ class EngineHarness:
             *arguments,
             "--run-id",
             RUN,
-            "--incarnation",
-            "1",
+            *(() if "--incarnation" in arguments else ("--incarnation", "1")),
             "--ready-fd",
             str(write),
         ]

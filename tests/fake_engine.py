@@ -87,7 +87,9 @@ class FakeEngine:
         finally:
             del self._open[rid]
             await self._notify()
-        return web.json_response({"output_ids": token_ids, "meta_info": {"finish_reason": {"type": finish}}})
+        logprobs = [[-token_id / 8, token_id, None] for token_id in token_ids]
+        meta = {"finish_reason": {"type": finish}, "output_token_logprobs": logprobs}
+        return web.json_response({"output_ids": token_ids, "meta_info": meta})
 
     async def _abort(self, request: web.Request) -> web.Response:
         rid = (await request.json())["rid"]

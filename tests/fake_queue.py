@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from stream_rl import config
-from stream_rl.messages import Ack, Hello, Refused, Welcome
+from stream_rl.messages import Ack, Admit, Hello, OpenGroup, Refused, Welcome
 from stream_rl.session import Session
 from stream_rl.transport import Dealer, Router
 
@@ -39,6 +39,8 @@ class FakeQueue:
         self._names: dict[str, int] = {}
         self._peers: dict[str, bytes] = {}
         self._late: list[tuple[bytes, Any]] = []
+        self._admitted: dict[int, None] = {}
+        """Said to be, since the start: a Hello may come twice, and its second Welcome must not take them back."""
         self._changed = asyncio.Condition()
 
     async def __aenter__(self) -> Self:
@@ -63,6 +65,7 @@ class FakeQueue:
         self.router.close()
         self._peers.clear()
         self._late.clear()
+        self._admitted.clear()
 
     async def restart(self) -> None:
         await self.kill()
@@ -71,6 +74,8 @@ class FakeQueue:
     async def say(self, *messages: Any) -> None:
         """To the newest incarnation of everyone."""
         for message in messages:
+            if isinstance(message, Admit):
+                self._admitted |= dict.fromkeys(message.groups)
             for peer in self._peers.values():
                 assert await self.router.send(peer, message)
 
@@ -115,7 +120,12 @@ class FakeQueue:
         self._peers[hello.name] = peer
         new = self._names.get(hello.name, 0) < hello.incarnation
         self._names[hello.name] = hello.incarnation
-        fields = {"run": hello.run, "next_sequence": self._counts[peer]} | self.welcome(hello)
+        if new:
+            self._admitted.clear()
+        opened = {opening.group for opening in self.of(OpenGroup)}
+        admitted = [group for group in self._admitted if group not in opened]
+        known = {"run": hello.run, "next_sequence": self._counts[peer], "admitted": admitted}
+        fields = known | self.welcome(hello)
         for message in [Welcome(**fields), *self.after_welcome(hello, new)]:
             await self.router.send(peer, message)
 

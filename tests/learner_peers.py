@@ -38,6 +38,7 @@ def make_lease(step: Version, **changes: Any) -> m.Lease:
         "step": step,
         "groups": np.array([7, 7, 9, 9]) + 10 * step.step,
         "members": np.array([0, 1, 0, 1], np.int32),
+        "episodes": np.array([0, 1, 0, 1], np.int32),
         "rewards": np.array([0.0, 1.0, 0.5, 0.0], np.float32),
         "max_token_ages": np.full(4, 2, np.int32),
         "lengths": lengths,

@@ -20,8 +20,12 @@ class Segment:
     key: Key
     number: int
     base: int
-    """Tokens before it."""
+    """Sampled tokens before it."""
     finish: str = ""
+    prompted: bool = True
+    """Its trajectory has a prompt."""
+    spoken: bool = False
+    """What comes behind it was said; the queue's answer is awaited."""
     after: int = -1
     """The message that opens its group."""
     engine: Engine | None = None
@@ -47,6 +51,10 @@ class Actor(Peer):
         """The newest segment of a trajectory that runs here no more."""
         self.admitted: dict[int, None] = {}
         self.opened: set[int] = set()
+        self.members: dict[int, int] = {}
+        """Trajectories of each group."""
+        self.episodes: dict[Key, int] = {}
+        """Of branches: the member that theirs began as."""
         self.engines: list[Engine] = []
         self.final: Version | None = None
         self.evaluated = False
@@ -67,8 +75,15 @@ class Actor(Peer):
                 running = self.running.get(key)
                 if message.segment > max(over, running.number if running else -1):
                     self._stop(key)
-                    segment = Segment(key, message.segment, len(message.token_ids), message.finish)
-                    self.running[key] = segment
+                    base, prompted = int(message.sampled.sum()), bool(len(message.prompt_ids))
+                    self.running[key] = Segment(key, message.segment, base, message.finish, prompted)
+                    self.episodes[key] = message.episode
+                    self.members[message.group] = max(message.members, self.members.get(message.group, 0))
+            case m.Appended():
+                running = self.running.get((message.group, message.member))
+                if running is not None and running.spoken and running.number + 1 == message.segment:
+                    key = running.key
+                    self.running[key] = Segment(key, message.segment, running.num_sampled)
             case m.Park():
                 self._park((message.group, message.member), message.segment)
             case m.Cancel():
@@ -88,9 +103,10 @@ class Actor(Peer):
             self.open(next(iter(self.admitted)))
         for segment in list(self.running.values()):
             if segment.due <= now:
-                self._close(segment)
-            elif segment.engine is None and math.isinf(segment.due) and self.acknowledged(segment.after):
-                self._begin(now, segment)
+                self._go_on(now, segment)
+            elif segment.engine is None and math.isinf(segment.due) and not segment.spoken:
+                if self.acknowledged(segment.after):
+                    self._begin(now, segment)
             elif segment.parked and segment.engine is not None and choose() < 0.3:
                 segment.engine.abort(segment.rid)
         if self.final is not None and not self.evaluated:
@@ -98,8 +114,9 @@ class Actor(Peer):
             rewards = np.array([1.0], np.float32)
             version = self.final
             self.post(lambda n: m.Evaluated(sequence=n, label="last", version=version, rewards=rewards))
-        if len(self.over) > 4096:
-            self.over = dict(list(self.over.items())[2048:])
+        for remembered in (self.over, self.members, self.episodes):
+            while len(remembered) > 4096:
+                remembered.pop(next(iter(remembered)))  # type: ignore[call-overload]
 
     def open(self, group: int) -> None:
         """Its members are asked for when the queue knows it."""
@@ -111,11 +128,48 @@ class Actor(Peer):
             "members": self.world.members,
             "problem": b"p",
         }
-        after = self.post(lambda n: m.OpenGroup(sequence=n, prompt_ids=np.array(PROMPT, np.int32), **fields))
+        own = self.world.agents and group % 3 == 0
+        prompt = np.array(() if own else PROMPT, np.int32)
+        after = self.post(lambda n: m.OpenGroup(sequence=n, prompt_ids=prompt, **fields))
+        self.members[group] = self.world.members
         for member in range(self.world.members):
-            self.running[group, member] = Segment((group, member), 0, 0, after=after)
+            self.running[group, member] = Segment((group, member), 0, 0, prompted=not own, after=after)
+
+    def _go_on(self, now: float, segment: Segment) -> None:
+        """A turn is over, or the environment gives up before the queue has answered."""
+        choice = self.world.random.random() if self.world.agents and not segment.spoken else 1.0
+        if choice < 0.1:
+            self._branch(*segment.key)
+        if choice < 0.5:
+            self._append(now, segment)
+        else:
+            self._close(segment)
+
+    def _append(self, now: float, segment: Segment) -> None:
+        lie = segment.num_sampled > segment.base and self.world.random.random() < 0.005
+        if lie:
+            self.world.truth.wronged(segment.key)
+        gives_up = self.world.random.random() < 0.05
+        segment.due, segment.spoken = now + 1.0 if gives_up else math.inf, True
+        ids = np.array(self.world.new_tokens(self.world.random.randrange(1, 5)), np.int32)
+        fields: dict[str, Any] = {"group": segment.key[0], "member": segment.key[1], "segment": segment.number}
+        count = segment.num_sampled + lie
+        self.post(lambda n: m.AppendTokens(sequence=n, num_sampled=count, token_ids=ids, **fields))
+
+    def _branch(self, group: int, member: int) -> None:
+        episode, branch = self.episodes.get((group, member), member), self.members[group]
+        self.members[group] += 1
+        self.episodes[group, branch] = episode
+        ids = np.array(self.world.new_tokens(self.world.random.randrange(1, 4)), np.int32)
+        after = self.post(
+            lambda n: m.OpenBranch(sequence=n, group=group, member=branch, episode=episode, prompt_ids=ids)
+        )
+        self.running[group, branch] = Segment((group, branch), 0, 0, after=after)
 
     def _begin(self, now: float, segment: Segment) -> None:
+        if not segment.prompted:
+            self._append(now, segment)
+            return
         budget = self.world.max_new - segment.base
         if segment.finish or budget == 0:
             self._reward(now, segment, segment.base)
@@ -127,9 +181,13 @@ class Actor(Peer):
             self._interrupted(segment, "engine_unreachable", -1)
             return
         segment.engine = engine
-        length = self.world.length_of(segment.key)
-        last = "stop" if length < self.world.max_new else "length"
-        goal = max(0, length - segment.base)
+        if self.world.agents:
+            goal = min(budget, int(self.world.random.lognormvariate(1.0, 0.9)))
+            last = "stop" if goal < budget else "length"
+        else:
+            length = self.world.length_of(segment.key)
+            last = "stop" if length < self.world.max_new else "length"
+            goal = max(0, length - segment.base)
         engine.requests[segment.rid] = Request(segment.rid, segment.key, segment.number, goal, last, self.answers)
 
     def _answer(self, now: float, rid: str, finish: str, num_sampled: int) -> None:
@@ -153,10 +211,13 @@ class Actor(Peer):
         if choice < 0.02:
             fields |= {"status": "failed", "reason": "reward_error"}
         else:
-            lie = choice > 0.995
+            # of one in which nothing was asked, nobody would ever know better
+            lie = choice > 0.995 and (segment.num_sampled > segment.base or not self.world.agents)
             if lie:
                 self.world.truth.wronged(segment.key)
-            reward = float(np.float32(self.world.random.randrange(4)))
+            reward = float(self.world.random.randrange(4))
+            if self.world.agents:
+                reward = float((segment.key[0] + self.episodes.get(segment.key, segment.key[1])) % 4)
             self.world.truth.closes[*segment.key, segment.number] = reward
             fields |= {"status": "done", "reward": reward, "num_sampled": segment.num_sampled + lie}
         self.post(lambda n: m.CloseTrajectory(sequence=n, **fields))
@@ -166,6 +227,8 @@ class Actor(Peer):
         if segment is None:
             if self.over.get(key, -1) < number:
                 self._interrupted(Segment(key, number, 0), "parked", -1)
+        elif segment.spoken:
+            return  # the queue says what becomes of it
         elif segment.number == number and segment.engine is None and math.isinf(segment.due):
             self._interrupted(segment, "parked", 0)
         elif segment.number == number and segment.engine is not None:

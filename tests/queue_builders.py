@@ -130,6 +130,16 @@ class Run:
         fields = {"group": group, "member": member, "segment": segment, "num_sampled": num_sampled}
         return self.tell(m.Interrupted, reason="interrupted", **fields)
 
+    def append(
+        self, group: int, member: int, num_sampled: int, tokens: Sequence[int], segment: int = 0
+    ) -> list[tuple[str, Any]]:
+        fields = {"group": group, "member": member, "segment": segment, "num_sampled": num_sampled}
+        return self.tell(m.AppendTokens, token_ids=np.array(tokens, np.int32), **fields)
+
+    def branch(self, group: int, member: int, episode: int, prompt: Sequence[int] = (8, 9)) -> list[tuple[str, Any]]:
+        ids = np.array(prompt, np.int32)
+        return self.tell(m.OpenBranch, group=group, member=member, episode=episode, prompt_ids=ids)
+
     def grow(self, group: int, lengths: Sequence[int], version: tuple[int, int] = (0, 0)) -> list[tuple[str, Any]]:
         """Open a group and bring all its members to their end."""
         self.open(group, len(lengths))

@@ -30,6 +30,8 @@ class Surroundings(Protocol):
     truth: Truth
     max_new: int
     members: int
+    agents: bool
+    """Trajectories have many turns, and episodes many trajectories."""
     weights: Version
     """What the publisher has to bring to the engines."""
 

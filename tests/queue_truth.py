@@ -23,7 +23,8 @@ Key = tuple[int, int]
 """(group, member)"""
 PROMPT = (1, 2)
 HONEST = {
-    "too_old", "empty", "too_few_members", "equal_rewards", "deadline", "reward_error", "request_timeout", "run_end"
+    "too_old", "empty", "too_few_members", "equal_rewards", "deadline", "reward_error", "request_timeout", "run_end",
+    "group_over",
 }  # fmt: skip
 """Reasons to drop a trajectory of which nobody said anything wrong."""
 
@@ -38,11 +39,31 @@ class Line:
     """One trajectory as it really is: what its newest segment has sampled, after what the segments before left."""
 
     task: str
+    episode: int
+    prompt: list[int]
     segment: int = 0
     ids: list[int] = field(default_factory=list)
-    versions: list[tuple[int, int]] = field(default_factory=list)
+    versions: list[tuple[int, int] | None] = field(default_factory=list)
+    """None: an actor appended the token."""
+    pending: list[int] = field(default_factory=list)
+    """Said to come behind the segment; whether it does is the queue's to decide."""
     wronged: bool = False
     """Somebody sent bad rows for it, or closed it with a wrong length: it may be dropped for that."""
+
+    def append(self) -> None:
+        """The queue has taken what was pending."""
+        assert self.pending, "something was appended that nobody said"
+        if self.prompt or self.ids:
+            self.ids += self.pending
+            self.versions += [None] * len(self.pending)
+        else:
+            self.prompt = self.pending
+        self.pending = []
+        self.segment += 1
+
+    def logprobs(self) -> list[float]:
+        known = logprobs_of(np.array(self.ids, np.int32)).tolist()
+        return [0.0 if version is None else known[i] for i, version in enumerate(self.versions)]
 
 
 class Truth:
@@ -53,7 +74,8 @@ class Truth:
         self.closes: dict[tuple[int, int, int], float] = {}
         """Reward that was said of (group, member, segment)."""
         self.members: dict[int, int] = {}
-        """Members of each group that was opened."""
+        """Trajectories of each group that was opened."""
+        self.tasks: dict[int, str] = {}
         self.open: dict[Key, None] = {}
         """Trajectories of which nothing has become yet."""
         self.ended: dict[Key, str] = {}
@@ -88,10 +110,17 @@ class Truth:
         match event:
             case m.OpenGroup():
                 assert event.group not in self.members, f"group {event.group} was opened twice"
-                self.members[event.group] = event.members
+                self.members[event.group] = 0
                 for member in range(event.members):
-                    self.lines[event.group, member] = Line(event.task)
-                    self.open[event.group, member] = None
+                    self._opened(event.group, Line(event.task, member, event.prompt_ids.tolist()))
+            case m.OpenBranch():
+                assert event.member == self.members[event.group]
+                task = self.tasks[event.group]
+                self._opened(event.group, Line(task, event.episode, event.prompt_ids.tolist()))
+            case m.AppendTokens():
+                line = self.lines.get((event.group, event.member))
+                if line is not None and line.segment == event.segment:
+                    line.pending = event.token_ids.tolist()
             case m.LeaseRequest() | m.Committed() if event.step.history > self.next.history:
                 self._fork(event.step)
 
@@ -102,6 +131,11 @@ class Truth:
                 self._leased(message)
             case m.Resume():
                 self._resumed(message)
+            case m.Appended():
+                line = self.lines[message.group, message.member]
+                assert message.segment - line.segment in (0, 1)
+                if message.segment > line.segment:
+                    line.append()
             case Step():
                 self._stepped(message)
             case Ended(outcome="dropped"):
@@ -115,10 +149,26 @@ class Truth:
     def forget_before(self, step: int) -> None:
         """No checkpoint that can be gone back to lies before this step."""
         for old in [number for number in self.steps if number < step]:
-            for group, member in self.steps.pop(old):
-                self.closes.pop((group, member, self.lines.pop((group, member)).segment))
+            for key in self.steps.pop(old):
+                self._close_of(key, self.lines.pop(key), forget=True)
 
     # -- what must hold ----------------------------------------------------------------------------------------
+
+    def _opened(self, group: int, line: Line) -> None:
+        key = group, self.members[group]
+        self.members[group] += 1
+        self.tasks[group] = line.task
+        self.lines[key] = line
+        self.open[key] = None
+
+    def _close_of(self, key: Key, line: Line, forget: bool = False) -> float:
+        """The reward that was said of it, perhaps before it was heard that an append had begun the next segment."""
+        segment = line.segment if (*key, line.segment) in self.closes else line.segment - 1
+        reward = self.closes[*key, segment]
+        if forget:
+            for number in (line.segment, line.segment - 1):
+                self.closes.pop((*key, number), None)
+        return reward
 
     def _fork(self, step: Version) -> None:
         assert step.step <= self.next.step
@@ -135,11 +185,16 @@ class Truth:
     def _resumed(self, order: m.Resume) -> None:
         line = self.lines[order.group, order.member]
         ids = order.token_ids.tolist()
+        if order.segment == line.segment + 2:  # one of them for what was appended, between two rounds
+            line.append()
         assert ids == line.ids[: len(ids)], "a resume from other tokens than were sampled"
+        assert order.sampled.tolist() == [version is not None for version in line.versions[: len(ids)]]
+        assert order.logprobs.tolist() == line.logprobs()[: len(ids)]
         assert order.segment - line.segment in (0, 1)
-        assert order.prompt_ids.tolist() == [*PROMPT]
+        assert order.prompt_ids.tolist() == line.prompt
+        assert order.episode == line.episode
         if order.segment > line.segment:
-            line.segment = order.segment
+            line.segment, line.pending = order.segment, []
             del line.ids[len(ids) :], line.versions[len(ids) :]
 
     def _leased(self, lease: m.Lease) -> None:
@@ -165,28 +220,37 @@ class Truth:
         for group, count in groups.items():
             whole = sum((group, n) not in self.ended for n in range(self.members[group]))
             assert count == whole, f"{count} of {whole} survivors of group {group} are leased"
-        at = 0
-        for key, length, reward in zip(keys, lease.lengths.tolist(), lease.rewards.tolist(), strict=True):
+        at = sampled = 0
+        columns = lease.lengths.tolist(), lease.rewards.tolist(), lease.episodes.tolist()
+        for key, length, reward, episode in zip(keys, *columns, strict=True):
             assert key not in self.applied, f"{key} is leased again, step {self.applied[key]} holds it"
             line = self.lines[key]
-            own = slice(at + len(PROMPT), at + length)
-            ids = lease.token_ids[own]
-            assert lease.token_ids[at : own.start].tolist() == [*PROMPT]
-            assert ids.tolist() == line.ids, f"{key} is leased with other tokens than were sampled"
-            assert (lease.logprobs[own] == logprobs_of(ids)).all()
-            assert list(zip(lease.histories[own].tolist(), lease.steps[own].tolist(), strict=True)) == line.versions
+            if line.pending and length == len(line.prompt) + len(line.ids) + len(line.pending):
+                line.append()  # and closed, before its actor was told
+            assert line.prompt
+            assert episode == line.episode
+            own = slice(at + len(line.prompt), at + length)
+            assert lease.token_ids[at : own.start].tolist() == line.prompt
+            assert lease.token_ids[own].tolist() == line.ids, f"{key} is leased with other tokens than were sampled"
+            assert lease.logprobs[own].tolist() == line.logprobs()
+            versions = list(zip(lease.histories[own].tolist(), lease.steps[own].tolist(), strict=True))
+            assert versions == [version or (0, 0) for version in line.versions]
             ages, bound = self._ages(line), self.bounds[line.task]
-            assert lease.ages[own].tolist() == ages
-            assert not ages or min(ages) >= 0
-            assert lease.trainable[own].tolist() == [bound < 0 or age <= bound for age in ages]
-            assert reward == self.closes[*key, line.segment]
+            assert lease.ages[own].tolist() == [age or 0 for age in ages]
+            assert all(age is None or age >= 0 for age in ages)
+            trains = [age is not None and (bound < 0 or age <= bound) for age in ages]
+            assert lease.trainable[own].tolist() == trains
+            assert lease.sampled[own].tolist() == [age is not None for age in ages]
+            assert reward == self._close_of(key, line)
+            sampled += sum(age is not None for age in ages)
             at += length
         assert at == len(lease.token_ids)
-        assert int(lease.sampled.sum()) == at - len(PROMPT) * len(keys)
+        assert int(lease.sampled.sum()) == sampled
 
-    def _ages(self, line: Line) -> list[int]:
+    def _ages(self, line: Line) -> list[int | None]:
+        """None for what was appended."""
         step, forks = self.next.step, self.forks
-        return [step - min(sampled, forks.get(history, sampled)) for history, sampled in line.versions]
+        return [None if v is None else step - min(v[1], forks.get(v[0], v[1])) for v in line.versions]
 
     def _stepped(self, record: Step) -> None:
         assert (record.history, record.step) == self.next, f"expected step {self.next}, got {record}"
@@ -209,8 +273,9 @@ class Truth:
         assert reason in HONEST or line.wronged, f"{key} is dropped by {reason}, and nobody did wrong"
         bound = self.bounds[line.task]
         if reason == "too_old":
-            assert all(age > bound >= 0 for age in self._ages(line)), f"{key} is not too old"
-        self.closes.pop((*key, line.segment), None)
+            assert all(age is None or age > bound >= 0 for age in self._ages(line)), f"{key} is not too old"
+        for segment in (line.segment, line.segment - 1):
+            self.closes.pop((*key, segment), None)
         self.ended[key] = reason
         self.dropped[reason] += 1
         del self.open[key]

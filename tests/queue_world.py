@@ -46,6 +46,8 @@ class Setting:
     actors: int = 1
     members: int = 3
     max_new: int = 24
+    agents: bool = False
+    """Trajectories have many turns, and episodes many trajectories."""
     checkpoint_every: int = 4
     faults: float = 1.0
     """Multiplies how often anything goes wrong."""
@@ -68,13 +70,14 @@ class World:
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.random = random.Random(setting.seed)
-        self.max_new, self.members = setting.max_new, setting.members
+        self.max_new, self.members, self.agents = setting.max_new, setting.members, setting.agents
         self.now = 1000.0
         self.weights = Version(0, 0)
         settings = setting.core_settings()
         queue = settings.queue
         bounds = {task: queue.max_token_age_of.get(task, queue.max_token_age) for task in TASKS}
-        self.truth = Truth(bounds, queue.max_tokens)
+        by_batch = queue.mode in ("synchronous", "one_step_off")
+        self.truth = Truth(bounds, sys.maxsize if by_batch else queue.max_tokens)
         self.shell = Shell(QueueCore(settings), self.truth)
         self.disk = Disk()
         self.peers: dict[str, Peer] = {}
@@ -200,6 +203,8 @@ class World:
                 if chance() < 0.01 * self.setting.faults:
                     link.down.append(message)
             link.down.append(message)
+        if self.truth.next.history > self.weights.history:  # what a learner goes back to, its engines get
+            self.weights = self.truth.next
 
     def crash_queue(self, durable: int) -> None:
         self.now += self.random.choice((0.5, 0.5, 0.5, 3.0, 3.0, 3.0, 2 * SILENCE_S))
@@ -353,7 +358,7 @@ class World:
         held = store.outstanding + sum(len(taken.groups) for taken in (*steps.applied, *steps.committed))
         assert len(store.groups) <= held + RETIRED
         assert len(store.assembly.by_rid) == sum(len(group.members) for group in store.groups.values())
-        assert store.resuming.resting <= self.members * len(store.groups)
+        assert store.resuming.resting <= len(store.assembly.by_rid)
         assert len(core.registry.peers) <= len(self.peers) + 16
 
 

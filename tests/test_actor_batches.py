@@ -30,7 +30,8 @@ def single(**changes: Any) -> m.Lease:
     one = np.zeros(2, np.int32)
     sampled = np.array([0, 1], np.uint8)
     fields: dict[str, Any] = {
-        "groups": np.array([1]), "members": np.zeros(1, np.int32), "rewards": np.ones(1, np.float32),
+        "groups": np.array([1]), "members": np.zeros(1, np.int32), "episodes": np.zeros(1, np.int32),
+        "rewards": np.ones(1, np.float32),
         "max_token_ages": np.full(1, -1, np.int32), "lengths": np.array([2], np.int32), "token_ids": one,
         "sampled": sampled, "trainable": sampled, "logprobs": np.array([0, -1], np.float32), "histories": one,
         "steps": np.array([0, 3], np.int32), "ages": one,
@@ -172,3 +173,17 @@ def test_spanning_versions_and_masked_members_count_in_the_baseline() -> None:
         np.testing.assert_array_equal(got.advantages, plain.advantages)
         assert np.array_equal(got.loss_weights != 0, spanning.trainable == 1)
     assert not advantages(scored(spanning), Algorithm())[lease.sampled == 0].any()
+
+
+def test_branches_of_an_episode_share_its_advantage_and_its_weight() -> None:
+    """Of each group on its own: both have an episode 0."""
+    episodes, rewards = np.array([0, 0, 0, 3], np.int32), np.array([1.0, 1.0, 0.5, 0.0], np.float32)
+    lease = make_lease(STEP, episodes=episodes, rewards=rewards)
+    data = scored(lease)
+    assert data.kinds.episode.tolist() == [0, 0, 1, 2]
+    sequence = data.kinds.sequence
+    batch = training_batch(lease, Algorithm(advantage="rloo", aggregation="sequence_mean"), 1.0)
+    weights = np.bincount(data.kinds.episode[sequence], batch.loss_weights)
+    np.testing.assert_allclose(weights, 1 / 3, rtol=1e-5)
+    expected = np.array([0.0, 0.0, 0.5, -0.5])[sequence] * lease.sampled
+    np.testing.assert_allclose(batch.advantages, expected)

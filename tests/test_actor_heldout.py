@@ -166,7 +166,7 @@ def test_the_process_registers_rolls_and_leaves_promptly_on_sigterm(tmp_path: pa
             process = await asyncio.create_subprocess_exec(sys.executable, "-m", "actors.rollout", *words)
             close = await queue.nth(CloseTrajectory)
             assert (close.reward, close.reward_parts) == (3.0, {"n": 0.0})
-            (hello,) = queue.of(Hello)
+            hello, *_ = queue.of(Hello)  # said again on a busy machine
             assert (hello.role, hello.name, hello.incarnation, hello.pid) == ("actor", "actor-0", 3, process.pid)
             await engine.until(lambda: engine.open == {rid(0, 1, 0)})
             process.send_signal(signal.SIGTERM)

@@ -28,11 +28,12 @@ def scored(seed: int, num_sequences: int = 9) -> Scored:
     sampled = random.random(tokens) < 0.7
     trainable = sampled & (random.random(tokens) < 0.8)
     logprobs = [np.where(sampled, -random.exponential(1, tokens), 0).astype(np.float32) for _ in range(4)]
+    rewards, groups = random.normal(size=num_sequences).astype(np.float32), random.integers(5, 8, num_sequences)
+    episodes = 10 * groups + random.integers(0, 4, num_sequences)
     return Scored(
-        kinds=TokenKinds(lengths=lengths, sampled=sampled, trainable=trainable),
-        rewards=random.normal(size=num_sequences).astype(np.float32),
-        groups=random.integers(5, 8, num_sequences),
-        episodes=random.integers(0, 4, num_sequences),
+        kinds=TokenKinds(lengths=lengths, sampled=sampled, trainable=trainable, episodes=episodes),
+        rewards=rewards,
+        groups=groups,
         behavior_logprobs=logprobs[0],
         reference_logprobs=logprobs[1],
         teacher_logprobs=logprobs[2],
@@ -71,13 +72,15 @@ def plain_scores(data: Scored, section: Algorithm, with_kl: bool) -> list[float]
 
 
 def plain_group_relative(name: str, data: Scored, scores: list[float]) -> list[float]:
-    episodes: list[Any] = list(range(len(scores))) if data.episodes is None else data.episodes.tolist()
+    known = data.kinds.episodes
+    episodes: list[Any] = list(range(len(scores))) if known is None else known.tolist()
     members: dict[Any, dict[Any, list[float]]] = {}
     for group, episode, score in zip(data.groups.tolist(), episodes, scores, strict=True):
         members.setdefault(group, {}).setdefault(episode, []).append(score)
     result = []
-    for group, episode, score in zip(data.groups.tolist(), episodes, scores, strict=True):
+    for group, episode in zip(data.groups.tolist(), episodes, strict=True):
         of_episode = {other: float(np.mean(values)) for other, values in members[group].items()}
+        score = of_episode[episode]
         everyone, others = list(of_episode.values()), [of_episode[other] for other in of_episode if other != episode]
         std = float(np.std(everyone, ddof=1)) if others else 0.0
         result.append(
@@ -134,7 +137,7 @@ def test_group_relative_advantages_match_a_plain_reference(
     name: str, changes: dict[str, Any], seed: int, fan_out: bool
 ) -> None:
     section, data = section_of(name, **changes), scored(seed)
-    data = data if fan_out else dataclasses.replace(data, episodes=None)
+    data = data if fan_out else dataclasses.replace(data, kinds=dataclasses.replace(data.kinds, episodes=None))
     expected = plain_group_relative(name, data, plain_scores(data, section, with_kl=True))
     got = advantages(data, section)
     assert got.dtype == np.float32
@@ -184,11 +187,11 @@ def flat(rewards: list[float], groups: list[int], episodes: list[int] | None = N
     """Sequences of one sampled token, with a critic that says nothing and a teacher that agrees."""
     num, zeros = len(rewards), np.zeros(len(rewards), np.float32)
     ones = np.ones(num, np.bool_)
+    of = None if episodes is None else np.array(episodes, np.int64)
     return Scored(
-        kinds=TokenKinds(lengths=np.ones(num, np.int32), sampled=ones, trainable=ones),
+        kinds=TokenKinds(lengths=np.ones(num, np.int32), sampled=ones, trainable=ones, episodes=of),
         rewards=np.array(rewards, np.float32),
         groups=np.array(groups, np.int64),
-        episodes=None if episodes is None else np.array(episodes),
         behavior_logprobs=zeros,
         teacher_logprobs=zeros,
         values=zeros,
@@ -212,6 +215,37 @@ def test_an_episode_of_many_sequences_counts_once(name: str) -> None:
         np.testing.assert_allclose(thrice, once[[0, 0, 0, 1, 2]])
     else:  # whitening is over tokens, of which an episode of three has more
         assert thrice[0] == thrice[2] > 0.0 > thrice[3] == thrice[4]
+
+
+@pytest.mark.parametrize("name", GROUP_RELATIVE)
+def test_the_sequences_of_an_episode_have_one_advantage_whatever_their_length(name: str) -> None:
+    lengths = np.array([6, 1, 3, 2], np.int32)
+    ones, rewards = np.ones(12, np.bool_), np.array([1.0, 1.0, 0.0, 0.5], np.float32)
+    kinds = TokenKinds(lengths=lengths, sampled=ones, trainable=ones, episodes=np.array([4, 4, 5, 6]))
+    data = Scored(kinds=kinds, rewards=rewards, groups=np.zeros(4, np.int64))
+    got = advantages(data, section_of(name, overlong_buffer=4, overlong_length=6))
+    assert len(set(got[:7].tolist())) == 1 < len(set(got.tolist()))
+
+
+@pytest.mark.parametrize("name", ["reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae", *GROUP_RELATIVE])
+@few
+@given(seed=st.integers(0, 2**32 - 1))
+def test_what_an_environment_said_neither_gets_nor_delays_reward(name: str, seed: int) -> None:
+    """With any number of its tokens between those of the policy, these have the same advantages."""
+    data, random = scored(seed), np.random.default_rng(seed)
+    section = section_of(name, gamma=0.9, kl_coefficient=0.1, kl_in="reward")
+    kinds = data.kinds
+    copies = np.where(kinds.sampled, 1, random.integers(1, 5, len(kinds.sampled)))
+    index = np.repeat(np.arange(len(copies)), copies)
+    lengths = np.bincount(kinds.sequence, copies, len(kinds.lengths)).astype(np.int32)
+    longer = dataclasses.replace(kinds, lengths=lengths, sampled=kinds.sampled[index], trainable=kinds.trainable[index])
+    names = ("behavior_logprobs", "reference_logprobs", "values")
+    more = dataclasses.replace(
+        data, kinds=longer, teacher_logprobs=None, **{key: getattr(data, key)[index] for key in names}
+    )
+    got = advantages(more, section)
+    np.testing.assert_allclose(got, advantages(data, section)[index], rtol=1e-5, atol=1e-6)
+    assert not got[~longer.sampled].any()
 
 
 @pytest.mark.parametrize("name", [*GROUP_RELATIVE, "reinforce_plus_plus_baseline"])

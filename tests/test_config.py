@@ -63,6 +63,7 @@ def field_values(hint: Any) -> st.SearchStrategy[Any]:
         bool: st.booleans(),
         dict[str, int]: st.dictionaries(st.text(max_size=6), st.integers(-(2**63), 2**63 - 1), max_size=3),
         tuple[str, ...]: st.lists(st.text(max_size=20), max_size=3).map(tuple),
+        tuple[int, ...]: st.lists(st.integers(0, 7), max_size=3).map(tuple),
         dict[str, tuple[float, float]]: st.dictionaries(
             st.text(max_size=6), st.tuples(st.floats(allow_nan=False), st.floats(allow_nan=False)), max_size=3
         ),

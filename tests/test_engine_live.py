@@ -130,6 +130,29 @@ def test_no_prefix_computed_under_older_weights_is_reused(harness: EngineHarness
     assert cached() == 0
 
 
+def test_the_next_turn_reuses_its_prefix_until_that_is_too_old(harness: EngineHarness, publishing: Publishing) -> None:
+    publishing.publish()
+    group, prompt = next(_groups), list(range(50, 90))
+
+    def cached(segment: int, member: int = 0) -> int:
+        nonlocal prompt
+        rid = make_rid(RUN, group, member, segment)
+        answer = harness.call(harness.generate(rid, prompt, 8))
+        prompt += answer["output_ids"] + [7, 8, 9]
+        return int(answer["meta_info"]["cached_tokens"])
+
+    assert cached(0) == 0
+    held = len(prompt) - 4  # all but what was appended, and maybe the last token, which no step need take in
+    assert held <= cached(1) <= held + 1
+    for _ in range(harness.recipe.rollout.max_kv_age):
+        publishing.publish()
+    assert cached(2) > held + 1, "as old as it may be"
+    assert cached(0, member=1) == 0, "another trajectory takes the live version"
+    publishing.publish()
+    assert cached(3) == 0, "too old: computed again"
+    assert cached(4) > held + 1
+
+
 def test_chunks_come_while_a_request_grows_and_slow_ones_do_not_sit_on_tokens(
     harness: EngineHarness, publishing: Publishing
 ) -> None:

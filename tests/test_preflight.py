@@ -171,6 +171,21 @@ def test_an_engine_may_have_tensor_parallel_ranks_and_no_others(directory: pathl
             preflight.check(config.load(recipe, [override]))
 
 
+@pytest.mark.parametrize(
+    "override", ["engine.devices=[0,0]", "engine.devices=[-1]", "learner.devices=[1,1]", "run.seconds=-1"]
+)
+def test_devices_that_cannot_be_taken_are_refused(directory: pathlib.Path, override: str) -> None:
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        preflight.check(config.load(directory / "recipe.toml", [override]))
+
+
+def test_every_rank_and_every_learner_process_needs_a_device(directory: pathlib.Path) -> None:
+    for section, option in (("engine", "sglang.tp_size=2"), ("learner", "learner.processes=2")):
+        with pytest.raises(ConfigError, match=f"{section}.devices must name 2 GPUs or more"):
+            preflight.check(config.load(directory / "recipe.toml", [option, f"{section}.devices=[3]"]))
+    preflight.check(config.load(directory / "recipe.toml", ["engine.devices=[3]", "learner.devices=[3]"]))
+
+
 @pytest.mark.parametrize("override", ["parts_ahead=0", "verify_every=-1", "keep_deltas=0", "anchor_every=0"])
 def test_numbers_with_which_no_update_would_ever_arrive_are_refused(directory: pathlib.Path, override: str) -> None:
     with pytest.raises(ConfigError, match=rf"weights\.{override.partition('=')[0]} must be at least"):
@@ -238,3 +253,56 @@ def test_prompt_data_that_cannot_travel_is_refused(directory: pathlib.Path) -> N
 def test_a_recipe_that_is_no_toml_is_refused(directory: pathlib.Path) -> None:
     (directory / "recipe.toml").write_text("[run\nname=")
     assert "TOML" in refusal(directory)
+
+
+PLAYS = """
+from stream_rl.task import Prompt
+
+class Plays:
+    def __init__(self, text=""): self.text = text
+    def prompts(self, split, seed):
+        while True: yield Prompt(text=self.text)
+    async def play(self, prompt, model): return 1.0
+
+class Waits(Plays):
+    def play(self, prompt, model): return 1.0
+
+class Neither:
+    def prompts(self, split, seed): yield Prompt(text="a")
+"""
+
+
+def check_plays(directory: pathlib.Path, name: str, *overrides: str) -> None:
+    (directory / "plays.py").write_text(PLAYS)
+    use = f"task.use={directory}/plays.py:{name}"
+    preflight.check(config.load(directory / "recipe.toml", [use, *overrides]))
+
+
+def test_a_task_that_plays_needs_no_reward_and_no_prompt(directory: pathlib.Path) -> None:
+    check_plays(directory, "Plays")
+    check_plays(directory, "Plays", "rollout.max_new_tokens=100000")
+    check_plays(directory, "Plays", 'task.options={text="abc"}')
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "said"),
+    [
+        ("Waits", "run.steps=2", "play must be a coroutine"),
+        ("Neither", "run.steps=2", r"needs a method reward\(\), or play\(\)"),
+        (
+            "Plays",
+            f'task.options={{text="{"a" * 100_000}"}}',
+            "what the context or the KV pool leaves beside one sampled",
+        ),
+        ("Plays", "agent.tool_parser=qwen25", "chat_template"),
+        ("Plays", "agent.processes=0", "agent.processes must be at least 1"),
+        ("Plays", "agent.max_turns=0", "agent.max_turns must be at least 1"),
+        ("Plays", "agent.turn_gap_s=0", "agent.turn_gap_s must be at least"),
+        ("Plays", "rollout.max_kv_age=-1", "rollout.max_kv_age must be at least 0"),
+    ],
+)
+def test_what_is_wrong_with_a_task_that_plays_is_said(
+    directory: pathlib.Path, name: str, override: str, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_plays(directory, name, override)

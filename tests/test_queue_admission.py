@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from queues.admission import Admission, check
+from queues.admission import LEAST_OCCUPANCY, Admission, check
 from stream_rl.config import Queue, Rollout
 from stream_rl.errors import ConfigError
 
@@ -43,5 +43,49 @@ def test_empty_groups_do_not_ask_for_unboundedly_many():
 def test_starving_admits_one_more_than_the_limit():
     admission = Admission(Queue(**GOOD))
     assert admission.limit == 8
-    assert admission.grant(outstanding=8, starving=False) <= 0
-    assert admission.grant(outstanding=20, starving=True) == 1
+    assert admission.grant(5, 3, starving=False) <= 0
+    assert admission.grant(20, 0, starving=True) == 1
+
+
+# -- occupancy -------------------------------------------------------------------------------------------------
+
+
+def after_turns(ran_s: float, waited_s: float, turns: int = 2000) -> Admission:
+    admission = Admission(Queue(**GOOD))
+    for _ in range(turns):
+        admission.turn(ran_s, waited_s)
+    return admission
+
+
+@pytest.mark.parametrize("ran_s", [0.0, 1e-9, 3.0, 1e6])
+def test_where_nothing_waits_for_an_environment_nothing_changes(ran_s):
+    assert after_turns(ran_s, 0.0).occupancy == 1.0
+    assert after_turns(ran_s, 0.0).grant(3, 2, starving=False) == 3
+
+
+def test_what_is_half_of_its_time_at_its_environment_counts_half():
+    admission = after_turns(2.0, 2.0)
+    assert admission.occupancy == pytest.approx(0.5, rel=1e-3)
+    assert admission.limit == 8
+    assert admission.grant(0, 0, starving=False) == 15
+    assert admission.grant(10, 0, starving=False) == 5
+    assert admission.grant(0, 4, starving=False) == 7, "what is whole occupies no engine, and counts as it is"
+
+
+def test_time_counts_and_not_the_number_of_turns():
+    admission = Admission(Queue(**GOOD))
+    for _ in range(20_000):
+        for waited_s in (0.0, 0.0, 0.0, 12.0):
+            admission.turn(1.0, waited_s)
+    assert admission.occupancy == pytest.approx(0.25, rel=0.05)
+
+
+@pytest.mark.parametrize("ran_s", [0.0, 1e-9])
+def test_environments_of_hours_do_not_let_it_run_away(ran_s):
+    admission = after_turns(ran_s, 1e5, turns=100_000)
+    assert admission.occupancy == pytest.approx(LEAST_OCCUPANCY)
+    assert admission.grant(0, 0, starving=False) <= 8 * admission.limit
+
+
+def test_one_turn_tells_little():
+    assert after_turns(0.0, 1e6, turns=1).occupancy > 0.99

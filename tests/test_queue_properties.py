@@ -21,13 +21,23 @@ class QueueMachine(RuleBasedStateMachine):
         engines=st.integers(1, 2),
         actors=st.integers(1, 2),
         members=st.integers(1, 3),
-        mode=st.sampled_from(["streaming", "rounds"]),
+        mode=st.sampled_from(["streaming", "rounds", "synchronous", "one_step_off"]),
         age=st.sampled_from([-1, 0, 1, 3]),
         only=st.sampled_from(["", "filter", "deadline"]),
         every=st.integers(1, 3),
+        agents=st.booleans(),
     )
     def begin(
-        self, seed: int, engines: int, actors: int, members: int, mode: str, age: int, only: str, every: int
+        self,
+        seed: int,
+        engines: int,
+        actors: int,
+        members: int,
+        mode: str,
+        age: int,
+        only: str,
+        every: int,
+        agents: bool,
     ) -> None:
         queue: dict[str, object] = {"mode": mode, "max_token_age": age, "max_token_age_of": {"u": -1}}
         queue |= {"min_tokens": 12, "max_tokens": 40, "first_groups": 2}
@@ -45,6 +55,7 @@ class QueueMachine(RuleBasedStateMachine):
             members=members,
             max_new=12,
             checkpoint_every=every,
+            agents=agents,
             faults=0.0,
         )
         self.world = World(setting)
@@ -166,6 +177,8 @@ class QueueMachine(RuleBasedStateMachine):
         if not hasattr(self, "world"):
             return
         core = self.world.core
+        if core.store.admission.by_batch:  # a batch may be whole in part only, or wait for engines to hold its version
+            return
         if core.steps.waiting is not None and any(core.registry.living("actor")):
             assert core.store.ready.trainable_tokens < core.settings.queue.min_tokens
             assert self.world.growing()

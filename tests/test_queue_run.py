@@ -59,7 +59,7 @@ EVALUATED = {"label": "middle", "version": Version(0, 0), "rewards": np.array([1
         (m.OpenGroup, OPEN | {"group": 10**6}, "not_admitted"),
         (m.OpenGroup, OPEN | {"members": 0}, "bad_members"),
         (m.OpenGroup, OPEN | {"members": 10**6}, "bad_members"),
-        (m.OpenGroup, OPEN | {"prompt_ids": np.array([], np.int32)}, "bad_prompt"),
+        (m.OpenGroup, OPEN | {"prompt_ids": np.array([[1], [2]], np.int32)}, "bad_prompt"),
         (m.OpenGroup, OPEN | {"prompt_ids": np.array([-1], np.int32)}, "bad_prompt"),
         (m.OpenGroup, OPEN | {"task": "t" * 10**6}, "bad_task"),
         (m.CloseTrajectory, CLOSE | {"group": 9}, "unknown_group"),

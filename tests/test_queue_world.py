@@ -11,16 +11,17 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 from queue_world import Setting, World
 
-from queues import leasing
+from queues import leasing, resuming
 from queues.core import QueueCore
 from queues.registry import Peer
 from queues.resuming import Resuming
 from queues.steps import Steps
 from queues.store import Store
-from queues.trajectories import Group
+from queues.trajectories import Group, Trajectory
 from queues.versions import Histories
 from stream_rl import messages as m
 
@@ -39,8 +40,17 @@ SETTINGS: list[dict[str, Any]] = [
     {"queue": {"mode": "rounds", "over_provision": 3.0}, "engines": 3, "actors": 2},
     {"queue": {"mode": "rounds", "max_token_age": 2, "filter": "equal_rewards"}, "members": 2},
     {"queue": {"mode": "rounds", "group_deadline_s": 5.0}, "engines": 3, "faults": 2.0},
+    {"queue": {"mode": "synchronous"}, "engines": 2},
+    {"queue": {"mode": "synchronous", "filter": "equal_rewards"}, "members": 2, "faults": 2.0},
+    {"queue": {"mode": "one_step_off", "max_token_age": 1}, "engines": 2, "actors": 2},
     {"faults": 2.0, "strangers": True},
     {"actors": 2, "faults": 2.0},
+    {"agents": True},
+    {"agents": True, "engines": 3, "actors": 2, "faults": 2.0},
+    {"agents": True, "members": 1, "strangers": True},
+    {"agents": True, "queue": {"max_token_age": 1, "filter": "equal_rewards"}, "checkpoint_every": 2},
+    {"agents": True, "queue": {"mode": "rounds"}, "actors": 2, "strangers": True},
+    {"agents": True, "queue": {"mode": "rounds", "group_deadline_s": 5.0}},
 ]
 EVENTS = 1_000_000
 SEEDS = 3
@@ -117,4 +127,34 @@ def test_a_fault_of_the_queue_is_found(monkeypatch, where, name, what):
     tempting = [SETTINGS[6], SETTINGS[11] | {"members": 2}, SETTINGS[1]]
     settings = [Setting(seed=i, **(s | {"faults": 4.0})) for i, s in enumerate(8 * tempting)]
     with pytest.raises((AssertionError, KeyError)):
+        all(World(setting).run(3000) is None for setting in settings)
+
+
+def throws_it_away(trajectory: Trajectory, ids: bytes) -> None: ...
+
+
+def does_not_wait(resuming: Resuming, now: float, trajectory: Trajectory) -> int:
+    trajectory.appending = b""
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "what"),
+    [
+        (Trajectory, "append", throws_it_away),
+        (Trajectory, "said_over", property(lambda trajectory: trajectory.closed)),
+        (Trajectory, "untouched_since", lambda trajectory, segment: False),
+        (Trajectory, "sampled_flags", lambda trajectory: np.ones(len(trajectory.ids) // 4, np.uint8)),
+        (Trajectory, "context", property(lambda trajectory: trajectory.group.prompt)),
+        (Resuming, "append", does_not_wait),
+        (Resuming, "remind", nothing),
+        (resuming, "_appended", lambda trajectory: m.Alive()),
+        (Store, "branch", nothing),
+    ],
+)
+def test_a_fault_between_turns_is_found(monkeypatch, where, name, what):
+    monkeypatch.setattr(where, name, what)
+    tempting = [{}, {"queue": {"mode": "rounds"}}, {"actors": 2}]
+    settings = [Setting(seed=i, agents=True, faults=4.0, **s) for i, s in enumerate(8 * tempting)]
+    with pytest.raises((AssertionError, KeyError, ValueError)):
         all(World(setting).run(3000) is None for setting in settings)

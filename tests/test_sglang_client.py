@@ -60,10 +60,11 @@ def generate(answer: Answer) -> Generation:
 
 
 WHOLE = {"output_ids": [5, 6], "meta_info": {"finish_reason": {"type": "abort"}}}
+WHOLE["meta_info"]["output_token_logprobs"] = [[-0.5, 5, None], [-1, 6, None]]
 
 
 def test_an_answer_is_a_generation() -> None:
-    assert generate(says("200 OK", WHOLE)) == Generation([5, 6], Finish.ABORT)
+    assert generate(says("200 OK", WHOLE)) == Generation([5, 6], [-0.5, -1.0], Finish.ABORT)
 
 
 @pytest.mark.parametrize(

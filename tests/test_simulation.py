@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from queues.admission import LEAST_OCCUPANCY, Admission
 from queues.core import JOURNAL, QueueCore
 from queues.journal import Journal
 from scripts.simulation.claims import claims
@@ -127,6 +128,24 @@ def test_an_environment_takes_its_time_and_no_slot() -> None:
     assert lone.ended == [(make_rid(RUN, 1, 0, 0), "stop")]
     lone.until(20.0)
     assert len(lone.ended) == 2
+
+
+def test_while_environments_think_others_keep_the_engines_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trajectory that waits is in no engine, so more of them are grown for the same engines."""
+    quick = {"learner_speed": 4.0, "max_token_age": -1, "steps": 60}  # a learner that is never the slower side
+    busy = result("fixed_3", lengths="turns:0.01", **quick).engine_use
+    assert result("fixed_3", lengths="turns:0.7", **quick).engine_use > 0.85 * busy
+    monkeypatch.setattr(Admission, "turn", lambda admission, ran_s, waited_s: None)
+    assert result("fixed_3", lengths="turns:0.7", seed=1, **quick).engine_use < 0.7 * busy
+
+
+def test_turns_are_segments_and_what_environments_say_is_never_trained() -> None:
+    made = world("steered", lengths="turns:0.5")
+    tallies = made.core.tallies
+    assert tallies.appended_tokens > 6 * len(tallies.lengths)
+    assert tallies.turns > tallies.appended_tokens
+    assert all(sampled == made.actor.members[group, n].episode.tokens for group, n, sampled, _ in trained(made))
+    assert LEAST_OCCUPANCY < made.core.store.admission.occupancy < 0.8
 
 
 def test_an_abort_says_how_far_it_came_once() -> None:
@@ -374,7 +393,8 @@ def test_figures_are_added_to_no_other_file(tmp_path: pathlib.Path) -> None:
         ("lognormal:wide", "expected a positive number after the colon, got 'wide'"),
         ("lognormal:-1", "expected a positive number"),
         ("agent:0", "expected a positive number"),
-        ("pareto:2", "lognormal:SIGMA, agent:VERSIONS or recorded:RUN, got 'pareto:2'"),
+        ("turns:1", "a share of the time below 1"),
+        ("pareto:2", "lognormal:SIGMA, agent:VERSIONS, turns:SHARE or recorded:RUN, got 'pareto:2'"),
         ("recorded:/nowhere", "no journal /nowhere"),
     ],
 )

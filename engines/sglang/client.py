@@ -39,6 +39,8 @@ class Generation:
     """The answer to one request."""
 
     token_ids: list[int]
+    logprobs: list[float]
+    """Of each token."""
     finish: Finish
 
 
@@ -79,7 +81,14 @@ class EngineClient:
             self.in_flight -= 1
         try:
             answer = json.loads(text)
-            return Generation(answer["output_ids"], Finish(answer["meta_info"]["finish_reason"]["type"]))
+            token_ids, meta = answer["output_ids"], answer["meta_info"]
+            # a request that is aborted before it ran has none
+            logprobs = [float(entry[0]) for entry in meta.get("output_token_logprobs") or ()][: len(token_ids)]
+            if len(logprobs) < len(token_ids) and meta["finish_reason"]["type"] == Finish.ABORT:
+                token_ids = token_ids[: len(logprobs)]
+            if len(logprobs) != len(token_ids):
+                raise ValueError(f"{len(logprobs)} log-probs for {len(token_ids)} tokens")
+            return Generation(token_ids, logprobs, Finish(meta["finish_reason"]["type"]))
         except (ValueError, KeyError, TypeError) as error:
             raise EngineError(f"{self.name} answered with no generation ({error!r}): {text[:500]}") from error
 
@@ -90,6 +99,23 @@ class EngineClient:
         """
         async with self._post("/abort_request", {"rid": rid}) as response:
             await response.read()
+
+    async def parse_function_call(self, text: str, tools: Sequence[Mapping[str, Any]], parser: str) -> dict[str, Any]:
+        """SGLang's parser on what the model wrote: {"normal_text", "calls": [{"name", "parameters", "tool_index"}]},
+        as the engine has it.  tools: as in OpenAI's chat completions.  Raises as `generate` does."""
+        body = {"text": text, "tools": list(tools), "tool_call_parser": parser}
+        return await self._parsed("/parse_function_call", body)
+
+    async def separate_reasoning(self, text: str, parser: str) -> dict[str, Any]:
+        """SGLang's parser on what the model wrote: {"reasoning_text", "text"}.  Raises as `generate` does."""
+        return await self._parsed("/separate_reasoning", {"text": text, "reasoning_parser": parser})
+
+    async def _parsed(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        async with self._post(path, body) as response:
+            answer = json.loads(await response.text())
+        if not isinstance(answer, dict):
+            raise EngineError(f"{self.name} answered {path} with no object: {answer!r:.200}")
+        return answer
 
     async def answers(self, timeout: float) -> bool:
         """Whether its HTTP server is up: an engine is known to the queue before that, and for a while after its end."""

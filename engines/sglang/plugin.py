@@ -24,6 +24,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
+from engines.sglang.prefix_keys import PrefixKeys, of_version
 from engines.sglang.streaming import finish_of
 from stream_rl.types import Finish, Version
 
@@ -46,6 +47,7 @@ class PluginSettings:
     chunk_seconds: float
     buffer_bytes: int
     resend_seconds: float
+    max_kv_age: int
     launcher_pid: int
     """The process to end, if the run goes on without this engine."""
 
@@ -80,6 +82,7 @@ class Plugin:
         self.stream = ChunkStream(
             settings.run, settings.chunk_tokens, settings.chunk_seconds, self.thread.post_rows, self.thread.is_full
         )
+        self.prefix_keys = PrefixKeys(settings.max_kv_age)
         self.streams = rank == 0
         """Every rank sees every token; one of them streams."""
         self.sampled_by = weights.version
@@ -129,6 +132,11 @@ class Plugin:
             log.exception("commit of version %s failed", order.target)
             problem = f"{type(error).__name__}: {error}"
         self.thread.post_live(order.target, order.attempt, stall, self.scheduler.forward_ct, problem)
+
+    def reloaded(self, version: Version) -> None:
+        """SGLang has loaded all weights itself (`weights.delivery = "reload"`)."""
+        self.weights.replaced(version)
+        self.thread.post_reloaded()
 
     def _forward_stream(self) -> AbstractContextManager[object]:
         if self.scheduler.device == "cpu":
@@ -229,8 +237,10 @@ def register() -> None:
     def admitted(plugin: Plugin, scheduler: Any, request: Any, *_: Any, **__: Any) -> None:
         # Chosen here and not by the client, whose choice would race with a commit.  No prefix hit crosses a key:
         # not for the run's requests, and not for an evaluation, which is to measure one version.
-        request.extra_key = f"version {plugin.weights.version}"
+        live = plugin.weights.version
+        request.extra_key = of_version(live)
         if plugin.stream.owns(request.rid):
+            request.extra_key = plugin.prefix_keys.of_segment(request.rid, live)
             plugin.counters.admitted(time.perf_counter())
 
     @_guarded
@@ -245,6 +255,12 @@ def register() -> None:
     def retracted(plugin: Plugin, result: Any, *_: Any, **__: Any) -> None:
         plugin.counters.retractions += len(result[0])
 
+    @_guarded
+    def reloaded(plugin: Plugin, result: Any, updater: Any, request: Any, *_: Any, **__: Any) -> None:
+        if result.success:
+            history, step = request.weight_version.split(".")  # as the publisher names it
+            plugin.reloaded(Version(int(history), int(step)))
+
     scheduler = "sglang.srt.managers.scheduler.Scheduler"
     parts = "sglang.srt.managers.scheduler_components"
     for target, hook, kind in (
@@ -256,6 +272,7 @@ def register() -> None:
         (f"{parts}.output_streamer.SchedulerOutputStreamer.stream_output", before_output, HookType.BEFORE),
         (f"{scheduler}.handle_generate_request", admitted, HookType.BEFORE),
         (f"{scheduler}.pause_generation", paused, HookType.BEFORE),
+        (f"{parts}.weight_updater.SchedulerWeightUpdaterManager.update_weights_from_disk", reloaded, HookType.AFTER),
         (f"{parts}.output_sender.SenderWrapper.send_output", told_tokenizer, HookType.BEFORE),
         ("sglang.srt.managers.schedule_batch.ScheduleBatch.retract_decode", retracted, HookType.AFTER),
     ):

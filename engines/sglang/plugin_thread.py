@@ -43,6 +43,8 @@ class PluginThread:
         self._weights, self._counters = weights, counters
         self._rows: deque[list[Row]] = deque()
         self._live: deque[tuple[Version, int, float, int, str]] = deque()
+        self._reloaded = False
+        """All weights were replaced by SGLang itself, and the publisher has not heard it."""
         self._order: tuple[Version, int] | None = None
         self._unacknowledged_bytes = 0
         self.commit_wakeup = Wakeup()
@@ -76,6 +78,12 @@ class PluginThread:
     def post_live(self, target: Version, attempt: int, stall_seconds: float, forward_count: int, problem: str) -> None:
         """A commit has run."""
         self._live.append((target, attempt, stall_seconds, forward_count, problem))
+        if self._hub is not None:
+            self._hub.wake()
+
+    def post_reloaded(self) -> None:
+        """SGLang has replaced all weights by itself."""
+        self._reloaded = True
         if self._hub is not None:
             self._hub.wake()
 
@@ -124,6 +132,9 @@ class PluginThread:
         """Hand on what the scheduler's thread has posted, and say what is due.  Returns when to do so again."""
         while self._live:
             publisher.live(*self._live.popleft())
+        if self._reloaded:
+            self._reloaded = False
+            publisher.reloaded()
         due = publisher.tick(time.perf_counter())
         return due if queue is None else min(due, self._tick_queue(queue))
 

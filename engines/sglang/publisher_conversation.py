@@ -95,6 +95,11 @@ class PublisherConversation:
         self._send(self._live)
         self._obey()
 
+    def reloaded(self) -> None:
+        """SGLang has replaced all weights by itself: say hello with what they are now."""
+        if self._weights.recompute():
+            self._greet, self._hello_due = True, 0.0
+
     def tick(self, now: float) -> float:
         """Say what is due.  Returns when to call again, at the latest."""
         if self._greet and self._ordered is None and now >= self._hello_due:
@@ -165,5 +170,6 @@ class PublisherConversation:
             version=self._weights.version,
             weights_hash=self._weights.weights_hash,
             replicas=self._weights.replicas,
+            address=self._settings.http_address,
             **self._me,
         )

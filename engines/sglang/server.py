@@ -1,6 +1,6 @@
-"""Start a stock SGLang server with our plugin in it.
+"""Start a stock SGLang server, with our plugin in it unless --plain says otherwise.
 
-    python -m engines.sglang.server RECIPE --run-id R --name engine-0 --incarnation 1 --queue A --publisher A
+    python -m engines.sglang.server RECIPE --run-id R --name engine-0 --incarnation 1 --queue A --publisher A [--plain]
 
 Options of `[sglang]` go to SGLang under their own names.  On a machine without a GPU this module brings the import
 shim: SGLang starts its processes by *spawn*, which imports the main module again, so the shim must be installed by
@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--name", required=True)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--check", action="store_true", help="only see whether SGLang has the options of [sglang]")
+    parser.add_argument("--plain", action="store_true", help="without the plugin, to compare with")
     options = parser.parse_args()
     runtime.die_with_parent()
     try:
@@ -79,23 +80,10 @@ def main() -> None:
 
 
 def _serve(recipe: config.Recipe, options: argparse.Namespace) -> None:
-    from engines.sglang.plugin import PluginSettings
-
     port = options.port or free_port()
     address = f"http://127.0.0.1:{port}"
-    PluginSettings(
-        run=options.run_id,
-        engine=options.name,
-        incarnation=options.incarnation,
-        http_address=address,
-        queue_address=options.queue,
-        publisher_address=options.publisher,
-        chunk_tokens=recipe.engine.chunk_tokens,
-        chunk_seconds=recipe.engine.chunk_seconds,
-        buffer_bytes=recipe.engine.buffer_bytes,
-        resend_seconds=recipe.engine.resend_seconds,
-        launcher_pid=os.getpid(),
-    ).export()
+    if not options.plain:
+        _tell_plugin(recipe, options, address)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     for diagnostics in ("PYSPY_DUMP", "CUDA_COREDUMP"):
         # when one of its processes died SGLang would take seconds to a minute for these before it ends
@@ -126,6 +114,25 @@ def _serve(recipe: config.Recipe, options: argparse.Namespace) -> None:
     finally:
         with contextlib.suppress(ProcessLookupError):
             kill_process_tree(os.getpid(), include_parent=False)
+
+
+def _tell_plugin(recipe: config.Recipe, options: argparse.Namespace, address: str) -> None:
+    from engines.sglang.plugin import PluginSettings
+
+    PluginSettings(
+        run=options.run_id,
+        engine=options.name,
+        incarnation=options.incarnation,
+        http_address=address,
+        queue_address=options.queue,
+        publisher_address=options.publisher,
+        chunk_tokens=recipe.engine.chunk_tokens,
+        chunk_seconds=recipe.engine.chunk_seconds,
+        buffer_bytes=recipe.engine.buffer_bytes,
+        resend_seconds=recipe.engine.resend_seconds,
+        max_kv_age=recipe.rollout.max_kv_age,
+        launcher_pid=os.getpid(),
+    ).export()
 
 
 if __name__ == "__main__":

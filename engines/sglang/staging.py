@@ -243,6 +243,13 @@ class LiveWeights:
         ended.record()
         self._events = began, ended
 
+    def replaced(self, version: Version) -> None:
+        """Scheduler's thread: all weights are those of `version` now, by no update of ours.  The fingerprint is that of
+        what was there before until `recompute`."""
+        with self._lock:
+            self.version, self._live = version, None
+            self._commits += 1
+
     def write_seconds(self) -> float:
         """What the last commit's writes took on a GPU, after waiting for their end; elsewhere the commit itself has
         waited."""

@@ -60,6 +60,7 @@ class Publisher:
         self._outbox = Outbox.of(recipe, run)
         self._filed = asyncio.Event()
         self._fleet = StockFleet(recipe)
+        self._reloads = weights.delivery == "reload"
         self._parts: dict[tuple[int, int], UpdatePart] = {}
         """Of the version that is coming, by source and number."""
         self._in_hand: Version | None = None
@@ -88,6 +89,9 @@ class Publisher:
                     await self._say([(peer, answer) for answer in self._part(peer, message)])
                 case LearnerDone():
                     await self._say(self._delivery.finish(message.final))
+                case EngineHello() if message.run == self._run and self._reloads and message.rank == 0:
+                    await self._fleet.serve(message.engine, message.address)
+                    await self._say(self._delivery.handle(peer, message))
                 case EngineHello() | Alive() | PartTaken() | Live() | HashReport():
                     await self._say(self._delivery.handle(peer, message))
                 case _:

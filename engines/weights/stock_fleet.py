@@ -1,5 +1,5 @@
-"""SGLang servers without our plugin, fed beside the engines: each gets the newest version whenever it is done with the
-one before, and none of them delays anybody."""
+"""SGLang servers that load each version from the disk: those without our plugin, and with `weights.delivery = "reload"`
+the run's own engines.  Each gets the newest version whenever it is done with the one before; none delays another."""
 
 import asyncio
 import logging
@@ -20,22 +20,31 @@ log = logging.getLogger(__name__)
 
 
 class StockFleet:
-    """All of a recipe's `weights.stock_servers`."""
+    """All of a recipe's `weights.stock_servers`, and what `serve` adds."""
 
     def __init__(self, recipe: config.Recipe) -> None:
-        model = pathlib.Path(recipe.model.path)
-        scratch, timeout_s = recipe.run_directory / "stock", recipe.supervise.peer_timeout_s
-        self._servers = [
-            StockServer(url, model, scratch / str(i), timeout_s) for i, url in enumerate(recipe.weights.stock_servers)
-        ]
-        self._shapes = {name: shape for name, (shape, _) in checkpoint_shapes(model).items()} if self._servers else {}
+        self._model = pathlib.Path(recipe.model.path)
+        self._scratch, self._timeout_s = recipe.run_directory / "stock", recipe.supervise.peer_timeout_s
+        self._urls = {str(i): url for i, url in enumerate(recipe.weights.stock_servers)}
+        """By the name of the server's folder."""
+        self._feeds: dict[str, tuple[str, asyncio.Task[None]]] = {}
+        """Address and loop of each, once `run` has begun it."""
+        wanted = self._urls or recipe.weights.delivery == "reload"
+        shapes = checkpoint_shapes(self._model) if wanted else {}
+        self._shapes = {name: shape for name, (shape, _) in shapes.items()}
         self._tensors: dict[str, torch.Tensor] = {}
         self._newest: Version | None = None
         self._changed = asyncio.Condition()
 
+    async def serve(self, name: str, url: str) -> None:
+        """Feed this server too, or at another address than before."""
+        async with self._changed:
+            self._urls[name] = url
+            self._changed.notify_all()
+
     async def offer(self, chain: Chain) -> None:
         """The chain has a new version: copy it, since it goes on."""
-        if not self._servers:
+        if not self._shapes:
             return
         tensors = await asyncio.to_thread(self._copied, chain)
         async with self._changed:
@@ -43,11 +52,22 @@ class StockFleet:
             self._changed.notify_all()
 
     async def run(self, report: Callable[[StockReport], Awaitable[None]]) -> None:
-        """Consumes: versions.  Waits for: one newer than the server's.  Produces: servers that have it, a report of
-        each update.  Unblocked by: `offer`."""
+        """Consumes: versions.  Waits for: one newer than the server's, and further servers.  Produces: servers that
+        have it, a report of each update.  Unblocked by: `offer`, `serve`."""
         async with asyncio.TaskGroup() as tasks:
-            for server in self._servers:
-                tasks.create_task(self._feed(server, report))
+            while True:
+                for name, url in self._urls.items():
+                    fed = self._feeds.get(name)
+                    if fed is None or fed[0] != url:
+                        if fed is not None:
+                            fed[1].cancel()
+                        server = StockServer(url, self._model, self._scratch / name, self._timeout_s)
+                        self._feeds[name] = url, tasks.create_task(self._feed(server, report), name=f"feed {name}")
+                async with self._changed:
+                    await self._changed.wait_for(self._has_news)
+
+    def _has_news(self) -> bool:
+        return {name: fed[0] for name, fed in self._feeds.items()} != self._urls
 
     async def _feed(self, server: StockServer, report: Callable[[StockReport], Awaitable[None]]) -> None:
         held: Version | None = None

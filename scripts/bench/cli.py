@@ -6,9 +6,14 @@ import pathlib
 import click
 
 from scripts.bench.codec import codec
+from scripts.bench.endpoint import endpoint
+from scripts.bench.engine import engine
+from scripts.bench.learned import learned
 from scripts.bench.learner import learner
 from scripts.bench.learner_gap import learner_gap
+from scripts.bench.loop import loop
 from scripts.bench.publish import publish
+from scripts.bench.report import report
 from scripts.bench.staleness import staleness
 from scripts.bench.updates import updates
 
@@ -37,8 +42,13 @@ def queue(tokens: int, requests: int, path: pathlib.Path | None, fsync: bool) ->
 
 
 bench.add_command(codec)
+bench.add_command(engine)
+bench.add_command(endpoint)
+bench.add_command(learned)
 bench.add_command(learner)
 bench.add_command(learner_gap)
+bench.add_command(loop)
 bench.add_command(publish)
+bench.add_command(report)
 bench.add_command(staleness)
 bench.add_command(updates)

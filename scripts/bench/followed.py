@@ -283,6 +283,28 @@ async def following(
             await child.stop(STOP_TIMEOUT_S)
 
 
+@contextlib.asynccontextmanager
+async def publishing(followed: Followed, share: float, rate: float) -> AsyncIterator[None]:
+    """`rate` versions a second that change this share come until the end of the block; one that is on its way is
+    finished."""
+    stopping = asyncio.Event()
+
+    async def beat() -> None:
+        clock = asyncio.get_running_loop().time
+        due = clock()
+        while not stopping.is_set():
+            await followed.publish(share)
+            due = max(due + 1 / rate, clock())
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(due):
+                    await stopping.wait()
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(beat())
+        yield
+        stopping.set()
+
+
 async def _watch(child: Child) -> None:
     """Raises ProcessDied when the process ends by itself: nobody would answer."""
     raise child.died(f"ended with status {await child.end()}")

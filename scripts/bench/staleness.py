@@ -161,7 +161,8 @@ def lease_of(plan: Plan, step: int, age: int, answers: list[Int32Array], logprob
     return Lease(
         step=Version(0, step),
         groups=np.repeat(np.arange(count // plan.members), plan.members),
-        members=np.tile(np.arange(plan.members, dtype=np.int32), count // plan.members),
+        members=(members := np.tile(np.arange(plan.members, dtype=np.int32), count // plan.members)),
+        episodes=members,
         rewards=np.array([reward(plan, ids) for ids in answers], np.float32),
         max_token_ages=np.full(count, -1, np.int32),
         lengths=np.full(count, length, np.int32),

@@ -16,13 +16,13 @@ import pathlib
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from scripts.bench.followed import FIRST, PROMPT_TOKENS, Followed, following
+from scripts.bench.followed import FIRST, PROMPT_TOKENS, Followed, following, publishing
 from scripts.bench.update_figures import BEATS_PER_SECOND, FEW, MANY, Measured, Window, figures
 from stream_rl import config
 from stream_rl.errors import ConfigError
@@ -215,10 +215,10 @@ class _Run:
     async def _windows(self, followed: Followed) -> None:
         for number in range(self._plan.pairs):
             windows: dict[bool, Window] = {}
-            for publishing in (True, False) if number % 2 else (False, True):
+            for beats in (True, False) if number % 2 else (False, True):
                 await followed.settled()
-                async with _publishing(followed) if publishing else contextlib.nullcontext():
-                    windows[publishing] = await _window(followed, self._plan.window_seconds)
+                async with publishing(followed, FEW, BEATS_PER_SECOND) if beats else contextlib.nullcontext():
+                    windows[beats] = await _window(followed, self._plan.window_seconds)
             on, off = windows[True], windows[False]
             self._measured.pairs.append((on, off))
             self._say(f"pair {number + 1}: {on.rate:,.0f} tok/s with {on.versions} versions, {off.rate:,.0f} without")
@@ -270,27 +270,6 @@ async def _window(followed: Followed, seconds: float) -> Window:
 
 def _counted(before: EngineStats, after: EngineStats, counter: str) -> float:
     return after.counters[counter] - before.counters[counter]
-
-
-@contextlib.asynccontextmanager
-async def _publishing(followed: Followed) -> AsyncIterator[None]:
-    """Versions come until the end of the block; one that is on its way is finished."""
-    stopping = asyncio.Event()
-
-    async def beat() -> None:
-        clock = asyncio.get_running_loop().time
-        due = clock()
-        while not stopping.is_set():
-            await followed.publish(FEW)
-            due = max(due + 1 / BEATS_PER_SECOND, clock())
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(due):
-                    await stopping.wait()
-
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(beat())
-        yield
-        stopping.set()
 
 
 def _short(error: BaseException) -> str:

@@ -1,5 +1,6 @@
 """A simulated actor: opens what it is admitted to, brings it to the engines, and carries out what the queue decides."""
 
+import functools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ class Member:
     segment: int = 0
     request: Request | None = None
     engine: Engine | None = None
+    done: int = 0
+    """Tokens of the turns before."""
     first: int = -1
     """Step of the version that sampled its first token."""
     closed: bool = False
@@ -73,12 +76,16 @@ class Actor:
                 self._abort(member)
                 self._forget(member)
             case m.Resume():
-                member = self.members[message.group, message.member]
+                member, sampled = self.members[message.group, message.member], int(message.sampled.sum())
                 member.segment = message.segment
                 if message.finish:
-                    self._close(message.group, message.member, len(message.token_ids))
+                    self._close(message.group, message.member, sampled)
                 else:
-                    self._ask(message.group, message.member, len(message.token_ids))
+                    self._ask(message.group, message.member, sampled)
+            case m.Appended():
+                member = self.members[message.group, message.member]
+                member.segment = message.segment
+                self._ask(message.group, message.member, member.done)
             case m.Refused():
                 raise AssertionError(f"the actor was refused: {message.reason}: {message.detail}")
         self.open()
@@ -128,8 +135,21 @@ class Actor:
             )
         elif self._too_old(request.first):
             self._fail(group, number)
+        elif request.done < request.episode.tokens:
+            member.done = request.done
+            _, wait_s = request.episode.waits[request.turn]
+            self._clock.after(wait_s, functools.partial(self._append, group, number, member.segment))
         else:
             self._close(group, number, request.done)
+
+    def _append(self, group: int, number: int, segment: int) -> None:
+        """Its environment has spoken."""
+        member = self.members[group, number]
+        if not member.closed and member.segment == segment:
+            ids = np.zeros(1, np.int32)
+            self._post(
+                m.AppendTokens, group=group, member=number, segment=segment, num_sampled=member.done, token_ids=ids
+            )
 
     def _abort(self, member: Member) -> None:
         if member.request is not None and member.engine is not None:

@@ -41,7 +41,8 @@ def simulate(
 ) -> None:
     """The real queue against simulated engines, actor and learner: what a policy does to speed, ages and lengths.
 
-    Lengths are lognormal:SIGMA, agent:VERSIONS (turns with an environment in between, that take so many versions) or
+    Lengths are lognormal:SIGMA, agent:VERSIONS (turns with an environment in between, that take so many versions),
+    turns:SHARE (the same, as segments that the queue knows, with this share of the time spent in environments) or
     recorded:RUN (drawn from a run's journal).  Ratios are in steps' worth of groups, ages in versions; for agents
     their defaults are in proportion to the versions that an episode takes.
     """

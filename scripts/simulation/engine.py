@@ -41,6 +41,11 @@ class Request:
     stop: int = 0
     """Tokens at which it leaves its slot: for the environment, or for good."""
 
+    @property
+    def is_over(self) -> bool:
+        """As a segment."""
+        return self.done == (self.stop if self.episode.apart else self.episode.tokens)
+
     def go_on(self) -> None:
         waits = self.episode.waits
         while self.turn < len(waits) and waits[self.turn][0] <= self.done:
@@ -142,7 +147,7 @@ class Engine:
             if request.first < 0:
                 request.first = marks[0][1].step
             request.done += count
-            finishes.append(Finish.STOP if request.done == request.episode.tokens else Finish.NONE)
+            finishes.append(Finish.STOP if request.is_over else Finish.NONE)
             if request.done == request.stop:
                 leaving.append(request)
         self._send(rids, finishes, starts, counts, _spans(counts, marks))
@@ -151,7 +156,7 @@ class Engine:
             left = set(leaving)
             self._running = [request for request in running if request not in left]
         for request in leaving:
-            if request.done == request.episode.tokens:
+            if request.is_over:
                 del self.requests[request.rid]
                 request.ended(request, Finish.STOP)
             else:

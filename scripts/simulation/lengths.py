@@ -2,6 +2,7 @@
 
     lognormal:SIGMA   tokens are log-normal
     agent:VERSIONS    turns with an environment in between; an episode takes about so many versions
+    turns:SHARE       the same, as segments that the queue knows; environments take this share of an episode's time
     recorded:RUN      tokens drawn from what the trajectories of a run came to
 
 A group's episodes depend on the seed and its number alone: all policies meet the same ones, whatever they do to them.
@@ -21,7 +22,7 @@ from stream_rl import wire
 from stream_rl.errors import ConfigError, WireError
 from stream_rl.types import Status
 
-KINDS = "lognormal:SIGMA, agent:VERSIONS or recorded:RUN"
+KINDS = "lognormal:SIGMA, agent:VERSIONS, turns:SHARE or recorded:RUN"
 AGENT_SIGMA = 0.7
 """Spread of agents' tokens and of their environments' times."""
 AGENT_TURNS = 8
@@ -34,6 +35,8 @@ class Episode:
     tokens: int
     waits: tuple[tuple[int, float], ...] = ()
     """(tokens sampled by then, seconds that the environment takes), in order."""
+    apart: bool = False
+    """Each turn is a segment of its own, and what the environment says is appended behind it."""
 
 
 class Lengths(Protocol):
@@ -66,6 +69,24 @@ class Agent:
         return episodes
 
 
+class Turns:
+    """Log-normal tokens in turns, and log-normal waits in proportion to them."""
+
+    def __init__(self, setting: Setting, share: float) -> None:
+        if not share < 1:
+            raise ConfigError(f"--lengths {setting.lengths}: environments take a share of the time below 1")
+        self._setting, self._wait_token_s = setting, setting.full_step_s * share / (1 - share)
+
+    def draw(self, rng: np.random.Generator, members: int) -> list[Episode]:
+        episodes = []
+        for tokens in _tokens(rng, self._setting, AGENT_SIGMA, members):
+            ends = sorted({tokens * turn // AGENT_TURNS for turn in range(1, AGENT_TURNS)} - {0})
+            drawn = rng.lognormal(-(AGENT_SIGMA**2) / 2, AGENT_SIGMA, len(ends))
+            waits = drawn * tokens * self._wait_token_s / max(1, len(ends))
+            episodes.append(Episode(tokens, tuple(zip(ends, waits.tolist(), strict=True)), apart=True))
+        return episodes
+
+
 class Recorded:
     def __init__(self, setting: Setting, tokens: list[int]) -> None:
         scale = setting.mean_tokens / (sum(tokens) / len(tokens))
@@ -82,6 +103,8 @@ def make(setting: Setting) -> Lengths:
         return LogNormal(setting, number(setting.lengths, argument))
     if kind == "agent":
         return Agent(setting)
+    if kind == "turns":
+        return Turns(setting, number(setting.lengths, argument))
     if kind == "recorded":
         return Recorded(setting, recorded(pathlib.Path(argument)))
     raise ConfigError(f"--lengths is {KINDS}, got {setting.lengths!r}")

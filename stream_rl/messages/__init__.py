@@ -3,7 +3,7 @@
 Who says what to whom, all DEALER to ROUTER:
 
     engine    -> queue      Hello, Chunks, EngineStats            <- Welcome, Ack, Refused
-    actor     -> queue      Hello, OpenGroup, CloseTrajectory ... <- Welcome, Ack, Admit, Resume, Park, Cancel, Drain
+    actor     -> queue      Hello, OpenGroup, AppendTokens, Close... <- Welcome, Ack, Admit, Appended, Resume, Park ...
     learner   -> queue      Hello, LeaseRequest, Applied ...      <- Welcome, Lease, Done
     publisher -> queue      Hello, VersionReport, StockReport ...  <- Welcome
     observer  -> queue      Hello, StatusRequest, Shutdown        <- Welcome, Status, StepRecord
@@ -22,6 +22,8 @@ from stream_rl.messages.trajectories import (
     Ack,
     ActorStats,
     Admit,
+    Appended,
+    AppendTokens,
     Cancel,
     Chunks,
     CloseTrajectory,
@@ -30,6 +32,7 @@ from stream_rl.messages.trajectories import (
     EngineStats,
     Evaluated,
     Interrupted,
+    OpenBranch,
     OpenGroup,
     Park,
     Resume,
@@ -55,6 +58,8 @@ __all__ = [
     "ActorStats",
     "Admit",
     "Alive",
+    "AppendTokens",
+    "Appended",
     "Applied",
     "Cancel",
     "Chunks",
@@ -77,6 +82,7 @@ __all__ = [
     "Lease",
     "LeaseRequest",
     "Live",
+    "OpenBranch",
     "OpenGroup",
     "Park",
     "PartTaken",

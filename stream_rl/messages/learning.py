@@ -20,6 +20,9 @@ class Lease:
     """[S] group of each trajectory; members of a group are adjacent."""
     members: Int32Array
     """[S]"""
+    episodes: Int32Array
+    """[S] the member that a trajectory's episode began as.  Trajectories of a group with the same one are branches of
+    that episode: they have one reward, and count as one in the group's normalisation."""
     rewards: Float32Array
     """[S]"""
     max_token_ages: Int32Array

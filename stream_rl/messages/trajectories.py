@@ -2,7 +2,7 @@
 
 from dataclasses import field
 
-from stream_rl.types import Float32Array, Int32Array, Int64Array, Version
+from stream_rl.types import ByteArray, Float32Array, Int32Array, Int64Array, Version
 from stream_rl.wire import message
 
 
@@ -73,7 +73,42 @@ class OpenGroup:
     """The prompt in its task's own terms (`stream_rl.plain`).  Not for the queue: it comes back with `Resume`, so that
     any actor can go on with the group."""
     prompt_ids: Int32Array
-    """[tokens] of the prompt; never trained."""
+    """[tokens] of the prompt; never trained.  Empty: each member brings its own, as its first `AppendTokens`."""
+
+
+@message
+class OpenBranch:
+    """An episode goes on as a further trajectory of its group, with a context of its own: its history was edited or
+    compacted, or a sub-agent was started.  Its first segment is 0, and it is closed like any other."""
+
+    sequence: int
+    """As in OpenGroup."""
+    group: int
+    member: int
+    """Of the new trajectory: the group's members are numbered in the order of their opening.  One that comes when its
+    group is settled is dropped, and cancelled as `group_over`."""
+    episode: int
+    """The member that the episode began as; they share its reward and count as one in the group's normalisation."""
+    prompt_ids: Int32Array
+    """[tokens] of the context; never trained here, whoever sampled them elsewhere."""
+
+
+@message
+class AppendTokens:
+    """A segment ended by itself, and the trajectory goes on after tokens that nobody sampled: what the environment, a
+    tool or the user said.  The queue answers with Appended once the stream has brought the whole segment; with Resume,
+    if a part of it was lost with its engine, and then the append is void; with Cancel, if it was not as it was said."""
+
+    sequence: int
+    """As in OpenGroup."""
+    group: int
+    member: int
+    segment: int
+    """That ended, or that nothing was asked in yet."""
+    num_sampled: int
+    """As in CloseTrajectory: over all segments so far."""
+    token_ids: Int32Array
+    """[tokens], one at least; never trained.  The prompt, if the trajectory has none."""
 
 
 @message
@@ -85,7 +120,8 @@ class CloseTrajectory:
     group: int
     member: int
     segment: int = 0
-    """The segment that it ended in; void if the queue has let it go on in a later one since."""
+    """The segment that it ended in; void if the queue has let it go on in a later one since, unless an append began
+    that and nothing was asked in it."""
     status: str
     """types.Status."""
     reason: str = ""
@@ -93,7 +129,8 @@ class CloseTrajectory:
     reward: float = 0.0
     reward_parts: dict[str, float] = field(default_factory=dict)
     num_sampled: int = 0
-    """Tokens that engines said they sampled, over all segments; the stream must bring exactly as many."""
+    """Tokens that engines said they sampled, over all segments; the stream must bring exactly as many.  If none of them
+    is of this segment, nothing was asked in it and no finish is awaited."""
 
 
 @message
@@ -120,21 +157,40 @@ class Resume:
     member: int
     segment: int
     members: int
-    """Of the group."""
+    """Trajectories of the group so far, branches included."""
     problem: bytes
     """As in OpenGroup."""
+    episode: int
+    """The member that its episode began as; itself if it is no branch."""
+    forked: bool = False
+    """Its episode has branches."""
     finish: str = ""
-    """types.Finish of the tokens: if they have ended, only the reward is missing."""
+    """types.Finish of the tokens: if they have ended, what comes after them is the environment's or the reward's to
+    say."""
     prompt_ids: Int32Array
     """[tokens]"""
     token_ids: Int32Array
-    """[tokens] sampled so far, over all segments."""
+    """[tokens] behind the prompt, over all segments."""
+    sampled: ByteArray
+    """[tokens] 1 where the policy sampled the token, 0 where it was appended."""
+    logprobs: Float32Array
+    """[tokens] behaviour log-prob; 0 where not sampled."""
+
+
+@message
+class Appended:
+    """Queue to actor: a segment is whole and the tokens behind it are here; `segment` may be asked for."""
+
+    group: int
+    member: int
+    segment: int
+    """The next."""
 
 
 @message
 class Park:
     """Queue to actor: stop the request of this segment, keep its trajectory; a Resume will follow.  The actor answers
-    with Interrupted, or with CloseTrajectory if it had ended already."""
+    with Interrupted, or with AppendTokens or CloseTrajectory if it had ended already."""
 
     group: int
     member: int

@@ -79,6 +79,8 @@ class EngineHello:
     """This rank's part of the sum."""
     replicas: dict[str, str]
     """As in Live."""
+    address: str = ""
+    """HTTP base address, for `weights.delivery = "reload"`."""
 
 
 @message

@@ -1,0 +1,1 @@
+"""Tasks that other packages bring, as tasks of ours."""
