@@ -189,14 +189,21 @@ def _call(result: Message, mark: str) -> dict[str, Any]:
 
 
 def _for_template(message: Message) -> Message:
-    """Arguments of tool calls as objects: templates write their JSON themselves."""
+    """Arguments of tool calls as objects: templates write their JSON themselves.  Raises TemplateRefused for what is no
+    message: a task may say anything."""
+    if not isinstance(message.get("role"), str):
+        raise TemplateRefused(f"a message needs a role, got {message!r:.100}")
     if not message.get("tool_calls"):
         return message
     calls = []
-    for call in message["tool_calls"]:
-        function = dict(call["function"])
-        parsed = parsed_arguments(function["arguments"])
-        calls.append({**call, "function": {**function, "arguments": parsed}})
+    try:
+        for call in message["tool_calls"]:
+            function = dict(call["function"])
+            parsed = parsed_arguments(function["arguments"])
+            calls.append({**call, "function": {**function, "arguments": parsed}})
+    except (LookupError, TypeError, ValueError) as error:
+        made = message["tool_calls"]
+        raise TemplateRefused(f"tool calls need a function with its name and arguments, got {made!r:.100}") from error
     return {**message, "tool_calls": calls}
 
 

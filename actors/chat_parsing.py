@@ -75,19 +75,25 @@ class Parsing:
         reasoning, rest = "", written
         if self.reasoning:
             parts = await engine.separate_reasoning(written, self.reasoning)
-            reasoning, rest = parts.get("reasoning_text") or "", parts.get("text") or ""
+            reasoning, rest = _utf8(parts.get("reasoning_text") or ""), _utf8(parts.get("text") or "")
         if not (self.tools and tools):
             return Said(text=rest if reasoning else plain, reasoning=reasoning)
         parts = await engine.parse_function_call(rest, tools, self.tools)
-        text = parts.get("normal_text") or ""
+        text = _utf8(parts.get("normal_text") or "")
+        try:
+            made = [(call["name"], call["parameters"]) for call in parts["calls"]]
+        except (LookupError, TypeError) as error:
+            raise EngineError(f"an engine parsed a turn to no list of calls: {parts!r:.200}") from error
         calls = [
-            ToolCall(id=make_id(number), name=call["name"], arguments=call["parameters"])
-            for number, call in enumerate(parts["calls"])
+            ToolCall(id=make_id(number), name=_utf8(name), arguments=_utf8(arguments))
+            for number, (name, arguments) in enumerate(made)
+            if isinstance(name, str) and isinstance(arguments, str)
         ]
-        if calls and all(isinstance(parsed_arguments(call.arguments), dict) for call in calls):
+        readable = all(isinstance(parsed_arguments(call.arguments), dict) for call in calls)
+        if calls and len(calls) == len(made) and readable:
             return Said(text=text, reasoning=reasoning, tool_calls=tuple(calls))
         # the parser takes the text of a call that it cannot read away
-        malformed = bool(calls) or text.strip() != rest.strip()
+        malformed = bool(made) or text.strip() != rest.strip()
         return Said(text=rest if reasoning or malformed else plain, reasoning=reasoning, malformed=malformed)
 
 
@@ -97,5 +103,10 @@ def parsed_arguments(arguments: Any) -> Any:
         return arguments
     try:
         return json.loads(arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         return arguments
+
+
+def _utf8(text: str) -> str:
+    """JSON may hold halves of characters, which no wire of ours carries."""
+    return text.encode("utf-8", "replace").decode()

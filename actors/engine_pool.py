@@ -12,7 +12,9 @@ from stream_rl.messages import Engines
 ABORT_SECONDS = 5.0
 """Longest that an engine may take to hear an abort; one that hangs is restarted anyway, with all that it was doing."""
 PROBE_SECONDS = 0.5
-"""Between two looks at engines that are not up; also the longest that an answer may take."""
+"""Between two looks at engines that are not up; also how long an answer may take at first."""
+MOST_PROBE_SECONDS = 4.0
+"""An engine on a crowded machine answers late, and each new question would find it as late: patience doubles."""
 OVERLOAD = 8
 """Requests.  Below this a prefix that is there is worth more than an even load."""
 
@@ -58,16 +60,23 @@ class EnginePool:
     async def run(self) -> None:
         """Consumes: engines that are new or could not be reached.  Waits for: one, then for its answer.  Produces:
         engines that are up.  Unblocked by: the queue's list, `doubt`."""
+        patience = PROBE_SECONDS
         while True:
             async with self._changed:
                 await self._changed.wait_for(lambda: any(client in self._doubted for client in self._usable))
             asked = [client for client in self._usable if client in self._doubted]
-            answers = await asyncio.gather(*(client.answers(PROBE_SECONDS) for client in asked))
-            async with self._changed:
-                self._doubted -= {client for client, answer in zip(asked, answers, strict=True) if answer}
-                self._changed.notify_all()
-            if not all(answers):
+            await asyncio.gather(*(self._ask(client, patience) for client in asked))
+            if self._doubted.isdisjoint(asked):
+                patience = PROBE_SECONDS
+            else:
+                patience = min(2 * patience, MOST_PROBE_SECONDS)
                 await asyncio.sleep(PROBE_SECONDS)
+
+    async def _ask(self, client: EngineClient, patience: float) -> None:
+        if await client.answers(patience):
+            async with self._changed:
+                self._doubted.discard(client)
+                self._changed.notify_all()
 
     async def pick(self, prefer: EngineClient | None = None) -> EngineClient:
         """The engine with the fewest of our requests that is up.  Waits while there is none, for as long as the

@@ -21,6 +21,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, BinaryIO, cast
 
 from actors.reward_worker import checked_reward, take_pipes
@@ -45,6 +46,8 @@ class Process:
         self._writing = threading.Lock()
         self._playing: dict[int, asyncio.Task[None]] = {}
         self._turns: dict[int, asyncio.Future[Turn]] = {}
+        """Asked for and not answered yet, whether anybody waits or not."""
+        self._asking: set[int] = set()
         self._owners: weakref.WeakKeyDictionary[asyncio.Task[Any], int] = weakref.WeakKeyDictionary()
 
     async def run(self) -> None:
@@ -68,7 +71,8 @@ class Process:
                     case {"start": number, "text": text, "data": data, "key": key}:
                         model = EpisodeModel(self, number, key, opening["base_url"], opening["no_endpoint"])
                         prompt = Prompt(text=text, data=data)
-                        self._playing[number] = tasks.create_task(self._play(task, prompt, model))
+                        playing = self._playing[number] = tasks.create_task(self._play(task, prompt, model))
+                        playing.add_done_callback(partial(self._never_began, number))
                     case {"turn": number, **said}:
                         self._answer(number, _turn(said))
                     case {"refused": number, "reason": reason, "detail": detail}:
@@ -85,19 +89,24 @@ class Process:
             write_frame(self._outgoing, frame)
 
     async def ask(self, number: int, frame: dict[str, Any]) -> Turn:
-        if number in self._turns:
+        """One that was given up on has its answer first: the next is behind it, and must not be taken for it."""
+        if number in self._asking:
             raise RuntimeError("one turn at a time: await the last one before asking for the next")
-        self._turns[number] = asyncio.get_running_loop().create_future()
+        self._asking.add(number)
         try:
+            if (given_up := self._turns.get(number)) is not None:
+                await asyncio.wait([given_up])
             self.write(frame)
-            return await self._turns[number]
+            turn = self._turns[number] = asyncio.get_running_loop().create_future()
+            turn.add_done_callback(lambda turn: turn.cancelled() or turn.exception())  # nobody may be waiting
+            return await asyncio.shield(turn)
         finally:
-            del self._turns[number]
+            self._asking.discard(number)
 
     def _answer(self, number: int, answer: Turn | EpisodeFailed) -> None:
-        turn = self._turns.get(number)
-        if turn is None or turn.done():
-            return  # who asked was cancelled
+        turn = self._turns.pop(number, None)
+        if turn is None:
+            return  # its episode is over
         if isinstance(answer, Turn):
             turn.set_result(answer)
         else:
@@ -117,7 +126,13 @@ class Process:
         except Exception as error:  # noqa: BLE001  the user's code, at our process boundary: it costs this episode only
             over = {"failure": "environment_raised", "detail": f"{type(error).__name__}: {error}"}
         self._playing.pop(model.number, None)
+        self._turns.pop(model.number, None)
         self.write({"over": model.number, **over})
+
+    def _never_began(self, number: int, task: asyncio.Task[None]) -> None:
+        """One that is cancelled before its first step says nothing itself."""
+        if task.cancelled() and self._playing.pop(number, None) is not None:
+            self.write({"over": number, "failure": "cancelled", "detail": ""})
 
     def _make_task(self, loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
         task = asyncio.Task(coroutine, loop=loop, **options)

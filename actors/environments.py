@@ -245,11 +245,12 @@ class _Host:
         """Play it; its number."""
         number = next(self._numbers)
         self.frames[number] = asyncio.Queue()
-        self._episodes[number] = episode
         try:
             async with self._starting:
                 if self._process is None:
                     await self.start()
+            # not before: a process that ended while it started was not this episode's
+            self.frames[number], self._episodes[number] = asyncio.Queue(), episode
             prompt = episode.prompt
             await self.write({"start": number, "text": prompt.text, "data": dict(prompt.data), "key": episode.key})
         except (ConfigError, TaskError) as error:

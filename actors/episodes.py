@@ -101,7 +101,8 @@ class Course(Protocol):
     """Where an episode's turns are sampled and its end is told."""
 
     async def branch(self, episode: "Episode", token_ids: list[int]) -> Branch:
-        """A further trajectory, with this prompt."""
+        """A further trajectory, with this prompt; from when it is open it is among the episode's branches, whether
+        its caller has gone away or not."""
         ...
 
     def sample(
@@ -182,10 +183,10 @@ class Episode:
             self._check_turns()
             if self.trunk not in self.branches:
                 branch = self.trunk
+                self.branches.append(branch)
             else:
                 branch, ids = await self._course.branch(self, ids), []
                 branch.shown = len(branch.token_ids)
-            self.branches.append(branch)
         if branch.awaited:
             raise StreamRLError(f"trajectory {branch.group}/{branch.member} is in a turn; wait for it, or branch")
         branch.awaited = True
@@ -219,7 +220,7 @@ class Episode:
         log.info("episode %d/%d is played again from %d tokens", *self._name, len(self.trunk.token_ids))
         self._cancel()
         self.branches.clear()
-        self.num_turns, self._active_at = 0, self._loop.time()
+        self.num_turns, self.reward_so_far, self._active_at = 0, None, self._loop.time()
         trunk = self.trunk
         trunk.shown, trunk.awaited = 0, False
         trunk.turns.clear()
@@ -271,6 +272,7 @@ class Episode:
         if branch.sampling is not None:  # its caller went away
             await asyncio.shield(branch.sampling)
             branch.sampling = None
+            self.raise_if_ended()
         begin = branch.shown + len(ids)
         held = self._held(branch, ids)
         before = sum(branch.sampled[: branch.shown])

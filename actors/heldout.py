@@ -90,6 +90,7 @@ class _Course:
     async def branch(self, episode: Episode, token_ids: list[int]) -> Branch:
         branch = Branch(episode.group, next(self._members))
         branch.extend(token_ids)
+        episode.branches.append(branch)
         return branch
 
     def sample(

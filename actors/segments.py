@@ -158,15 +158,27 @@ class Segments:
     # -- of an episode -----------------------------------------------------------------------------------------
 
     async def branch(self, episode: Episode, token_ids: list[int]) -> Branch:
+        # a caller that goes away half-way would leave a number that is never said, or a branch that nobody closes
+        branch = await asyncio.shield(self._tasks.create_task(self._open_branch(episode, token_ids)))
+        if branch is None:
+            raise EpisodeEnded(episode.ended)
+        return branch
+
+    async def _open_branch(self, episode: Episode, token_ids: list[int]) -> Branch | None:
+        """None: the episode has ended."""
         async with self._branching:
-            episode.raise_if_ended()
+            try:
+                episode.raise_if_ended()
+            except EpisodeEnded:
+                return None
             branch = Branch(episode.group, self._members[episode.group])
             self._members[episode.group] += 1
             opening = await self._session.post(branch_opened((branch.group, branch.member), episode.member, token_ids))
         if episode.ended:
             self._fail((branch.group, branch.member), 0, episode.ended)
-            raise EpisodeEnded(episode.ended)
+            return None
         branch.extend(token_ids)
+        episode.branches.append(branch)
         self._counts["branches"] += 1
         self._running[branch.group, branch.member] = Growing(episode, branch, opening)
         return branch
@@ -339,10 +351,10 @@ class Segments:
             return
         except EngineUnreachable as error:
             log.warning("%s: %s", rid, error)
-            running.engine = None
             self._counts["interrupted.engine_unreachable"] += 1
             await self._engines.doubt(engine)
             await asyncio.sleep(UNREACHABLE_BACKOFF_SECONDS)
+            running.engine = None  # until here it is not known to have sampled nothing
             self._interrupt(running, "engine_unreachable", -1)
             return
         except EngineError as error:  # it would refuse it again, and so would the others

@@ -40,11 +40,10 @@ def _run(core: "QueueCore") -> Iterator[str]:
     yield from (f"the run waits for {line}" for line in _steps(core))
     if core.steps.waiting is not None:
         store, least = core.store, core.settings.queue.min_tokens
-        have = store.ready.trainable_tokens
-        yield (
-            f"{core.steps.waiting} waits for the lease of step {core.histories.last}: "
-            f"{have} of {least} trainable tokens are ready in {len(store.ready)} groups"
-        )
+        have = f"{store.ready.trainable_tokens} of {least} trainable tokens are ready in {len(store.ready)} groups"
+        if store.admission.by_batch:
+            have = f"{len(store.ready)} of its groups are ready, and all of them are awaited"
+        yield f"{core.steps.waiting} waits for the lease of step {core.histories.last}: {have}"
     for actor, groups in core.admitted.items():
         if groups:
             yield f"{len(groups)} admitted groups wait for {actor} to open them"

@@ -45,6 +45,7 @@ class FakeCourse:
         self.members[episode.group] += 1
         branch = Branch(episode.group, self.members[episode.group])
         branch.extend(token_ids)
+        episode.branches.append(branch)
         return branch
 
     def sample(

@@ -10,6 +10,7 @@ from fake_engine import FakeEngine
 from actors import engine_pool, rollout
 from actors.engine_pool import EnginePool
 from actors.episodes import Branch, ContextFull, Episode, EpisodeEnded, Sampled
+from stream_rl import session
 from stream_rl.episode import EpisodeFailed
 from stream_rl.errors import StreamRLError
 from stream_rl.messages import (
@@ -93,6 +94,34 @@ def test_branches_are_trajectories_of_their_group_and_turn_in_parallel() -> None
             assert first["input_ids"] == branch.prompt_ids.tolist()
 
     scene_of(script, scene, group_size=2)
+
+
+def test_who_goes_away_while_a_branch_is_opened_leaves_no_hole_in_their_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def script(world: World, episode: Episode) -> float:
+        await episode.turn(None, world.ids("one:"))
+        world.queue.holding = True
+        monkeypatch.setattr(session, "MAX_UNACKNOWLEDGED", 1)
+        left, gone = (asyncio.ensure_future(episode.turn(None, world.ids(text))) for text in ("left:", "gone:"))
+        await asyncio.sleep(0.05)
+        gone.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        world.queue.holding = False
+        await left
+        await episode.turn(None, world.ids("right:"))
+        return 1.0
+
+    async def scene(world: World, engine: FakeEngine) -> None:
+        async with world.actor():
+            await world.queue.say(usable(engine), Admit(groups=[0]))
+            await world.queue.nth(CloseTrajectory, 4)
+        assert [branch.member for branch in world.queue.of(OpenBranch)] == [1, 2, 3]
+        reasons = {close.member: close.reason for close in world.queue.of(CloseTrajectory)}
+        assert reasons == {0: "", 1: "", 2: "nothing_sampled", 3: ""}
+
+    scene_of(script, scene, ["ab", "cd", "ef"])
 
 
 def test_a_turn_under_way_when_its_episode_ends_is_cut_and_trained() -> None:

@@ -7,7 +7,7 @@ from actor_world import World, rid, said, usable
 from episode_world import player, resume, scene_of, three_turns
 from fake_engine import FakeEngine
 
-from actors import rollout
+from actors import rollout, segments
 from actors.episodes import Episode, PlayerGone
 from stream_rl.messages import (
     Admit,
@@ -182,6 +182,53 @@ def test_an_episode_that_was_played_at_the_endpoint_is_not_begun_again() -> None
             await engine.until(lambda: not engine.open)
 
     scene_of(script, scene, ["ab"])
+
+
+def test_the_reward_so_far_is_that_of_the_course_that_the_queue_holds() -> None:
+    async def script(world: World, episode: Episode) -> float:
+        if len(player(world).played) == 1:
+            await episode.turn(None, world.ids("one:"))
+            episode.reward_so_far = 1.0
+            raise PlayerGone("environment_died")
+        await asyncio.sleep(1000)
+        raise AssertionError
+
+    async def scene(world: World, engine: FakeEngine) -> None:
+        async with world.actor():
+            await world.queue.say(usable(engine), Admit(groups=[0]))
+            close = await world.queue.nth(CloseTrajectory)
+        assert said(close)[0] == "failed" and close.reason == "deadline"
+
+    scene_of(script, scene, ["ab"], agent={"deadline_s": 1.0})
+
+
+def test_an_episode_that_ends_just_after_its_engine_does_not_say_that_nothing_was_sampled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gone = asyncio.Event()
+
+    async def script(world: World, episode: Episode) -> float:
+        abandoned = asyncio.ensure_future(episode.turn(None, world.ids("one:")))
+        await gone.wait()
+        abandoned.cancel()
+        return 1.0
+
+    async def scene(world: World, engine: FakeEngine) -> None:
+        async with world.actor():
+            await world.queue.say(usable(engine), Admit(groups=[0]))
+            await engine.nth()
+            monkeypatch.setattr(segments, "UNREACHABLE_BACKOFF_SECONDS", 1.0)
+            await engine.kill()
+            await asyncio.sleep(0.2)
+            assert world.counts["interrupted.engine_unreachable"] and not world.queue.of(Interrupted)
+            gone.set()
+            lost = await world.queue.nth(Interrupted)
+            assert said(lost) == ("interrupted", 0, 0, 1, "engine_unreachable", -1)
+            assert not world.queue.of(CloseTrajectory)
+            await world.queue.say(resume(world, 2, ["one:", "abc"]))
+            assert said(await world.queue.nth(CloseTrajectory)) == ("done", 0, 0, 2, "", 3)
+
+    scene_of(script, scene)
 
 
 def test_a_player_that_has_died_is_played_again_in_mid_turn() -> None:

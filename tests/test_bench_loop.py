@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scripts.bench import loop_figures
+from scripts.bench import loop, loop_figures
 from scripts.bench.cli import bench
 from scripts.bench.loop import MODES, Plan, of_mode
 from stream_rl import config
@@ -44,6 +44,15 @@ def test_modes_differ_from_each_other_in_how_they_wait_and_where_they_run_alone(
         if mode == "colocated":
             allowed |= {(s, k) for s in ("engine", "learner") for k in ("count", "devices", "processes")}
         assert differing <= allowed, mode
+
+
+def test_a_learner_waits_for_its_first_lease_until_its_mode_has_its_turn() -> None:
+    last = dataclasses.replace(plan(), seconds=300.0)
+    assert of_mode(last, "reload").queue.lease_timeout_s >= len(MODES) * 300.0 + 60.0
+    assert (
+        of_mode(plan(queue=dataclasses.replace(RECIPE.queue, lease_timeout_s=1e6)), "reload").queue.lease_timeout_s
+        == 1e6
+    )
 
 
 def test_gpus_are_divided_or_shared() -> None:
@@ -158,6 +167,23 @@ def test_the_time_to_a_reward_is_where_the_line_first_crosses_it(rewards: list[f
         assert found is None
     else:
         assert found is not None and above[0] - 1 <= found <= above[0]
+
+
+def test_a_bench_that_is_interrupted_shows_what_was_measured(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def interrupted(plan: Plan, ended: dict[str, str], say: Any) -> None:
+        write(plan.directory / "streaming", steps=20)
+        write(plan.directory / "synchronous", steps=3)
+        ended["streaming"] = ""
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_all", interrupted)
+    asked = dataclasses.replace(plan(), directory=tmp_path / "runs", modes=("streaming", "synchronous", "reload"))
+    found = loop.measure(asked, lambda line: None)
+    errors = {mode: figures.get("error") for mode, figures in found["modes"].items()}
+    assert errors == {"streaming": None, "synchronous": "interrupted", "reload": "interrupted"}
+    assert found["modes"]["streaming"]["steps"] == 20 and found["met"]["accounted"] is True
 
 
 @pytest.mark.server

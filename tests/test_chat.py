@@ -257,6 +257,33 @@ def test_a_call_that_is_none_is_text_and_said_to_be_malformed(calls: list[tuple[
     assert parse("<tool_call>{", Parser(calls, normal)) == Said(text="<tool_call>{", malformed=True)
 
 
+def test_what_no_wire_carries_becomes_text_that_it_does() -> None:
+    """A model may write half of a surrogate pair as JSON's escape, and nest its arguments deeper than JSON is read."""
+    said = parse("<tool_call>", Parser([("a\ud800", '{"x": "\udfff"}')], "so \ud800"))
+    assert (said.text, said.tool_calls[0].name, said.tool_calls[0].arguments) == ("so ?", "a?", '{"x": "?"}')
+    assert parse("<tool_call>{", Parser([("add", "[" * 100_000)], "")).malformed
+    nameless: list[Any] = [("add", "{}"), (None, "{}")]
+    assert parse("<tool_call>{", Parser(nameless, "")) == Said(text="<tool_call>{", malformed=True)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": "no role"},
+        {"role": 5},
+        {"role": "assistant", "content": "", "tool_calls": 3},
+        {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": 7}]},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add"}}]},
+        {"role": "user", "content": None},
+    ],
+)
+def test_what_is_no_message_is_refused(message: dict[str, Any]) -> None:
+    for render in (CHAT.prompt, lambda messages: CHAT.suffix(messages, [1])):
+        with pytest.raises(TemplateRefused):
+            render([message])
+
+
 def test_a_format_that_no_engine_knows_is_an_error_that_names_it() -> None:
     parser = Parser([], "", unreachable=99)
     with pytest.raises(EngineError, match=r"agent\.tool_parser = 'qwen25'"):

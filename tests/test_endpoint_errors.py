@@ -6,16 +6,19 @@ import json
 from typing import Any
 
 import anthropic
+import httpx
 import openai
 import pytest
 from endpoint_world import LIMITS, World, play
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_endpoint_sdks import CHAT_TOOLS
 
 from actors.endpoint.asking import ApiError
 from actors.endpoint.completions import COMPLETIONS
 from actors.endpoint.messages import MESSAGES
 from actors.endpoint.responses import RESPONSES
+from stream_rl.errors import EngineError
 
 USER = [{"role": "user", "content": "x"}]
 IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
@@ -232,3 +235,30 @@ def test_no_body_is_anything_but_a_request_or_an_error(case: tuple[str, dict[str
         assert error.status == 400  # noqa: PT017  it may be none
     else:
         assert all(isinstance(message["content"], str) for message in ask.messages) and ask.messages
+
+
+def test_a_turn_that_no_engine_could_parse_is_what_who_asks_again_gets() -> None:
+    """It trains, so it must be what its agent went on from."""
+
+    async def scene(world: World) -> None:
+        async def fails(*_: Any) -> Any:
+            raise EngineError("no parser")
+
+        http = await world.http(world.episode().key)
+
+        async def ask(*messages: dict[str, Any]) -> httpx.Response:
+            asked = {"model": "m", "messages": list(messages), "tools": CHAT_TOOLS}
+            return await http.post("/v1/chat/completions", json=asked)
+
+        parses = world.engines.parse_function_call
+        world.engines.parse_function_call = fails  # type: ignore[method-assign]
+        answer = await ask(*USER)
+        assert (answer.status_code, answer.headers["x-should-retry"]) == (500, "true")
+        world.engines.parse_function_call = parses  # type: ignore[method-assign]
+        again = (await ask(*USER)).json()
+        assert again["choices"][0]["message"]["content"] == "ok"
+        assert (await ask(*USER)).status_code == 200, "a new sample"
+        await ask(*USER, {"role": "assistant", "content": "ok"}, *USER)
+        assert [member for member, _, _ in world.course.turns] == [0, 1, 1]
+
+    play(scene)

@@ -381,6 +381,7 @@ def test_what_is_kept_of_an_episode_is_bounded() -> None:
             assert answer.status_code == 200
         session = world.endpoint.sessions.of(episode)
         assert len(session.exchanges) <= 11 and len(session.stored) == 10
+        assert not any(exchange.ask.messages for exchange in session.exchanges), "each would be a whole conversation"
         gone = await t.http.post("/v1/responses", json={"model": "m", "input": "x", "previous_response_id": "resp_1"})
         assert (gone.status_code, gone.json()["error"]["code"]) == (400, "previous_response_not_found")
 

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -16,9 +18,10 @@ from actors.engine_pool import EnginePool
 from actors.sampling import Sampling
 from stream_rl import config
 from stream_rl.messages import Admit, AppendTokens, CloseTrajectory
+from stream_rl.plain import pack, unpack
 
 TASK = """
-import asyncio, os, time, pathlib
+import asyncio, contextlib, os, time, pathlib
 import aiohttp
 from stream_rl.episode import EpisodeFailed
 from stream_rl.task import Prompt
@@ -62,6 +65,15 @@ class Game:
             return float(turn.text == "ab")
         if how == "no message":
             await model.turn([])
+        if how == "no role":
+            await model.turn([{"content": "hello"}])
+            await model.turn([{"content": "more"}])
+        if how == "impatient":
+            for text in ("a:", "b:", "c:", "d:", "e:", "f:"):
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(0):
+                        await model.turn(text)
+            return float((await model.turn("last:")).text == "last")
         if how == "endpoint":
             url = model.base_url + "/v1/chat/completions"
             body = {"model": "any", "messages": [{"role": "user", "content": "hello"}]}
@@ -100,6 +112,10 @@ class Game:
 """
 
 
+def ends(body: dict[str, Any], ids: list[int]) -> bool:
+    return bool(body["input_ids"][-len(ids) :] == ids)
+
+
 def run(hows: list[str], agent: dict[str, Any] | None = None, template: str = "") -> tuple[list[Any], World]:
     """Close messages, by group, of episodes that go on in these ways."""
     closes: list[Any] = []
@@ -119,7 +135,7 @@ def run(hows: list[str], agent: dict[str, Any] | None = None, template: str = ""
         answer_appends(world)
         worlds.append(world)
         async with (
-            FakeEngine(lambda body: (world.ids("ab"), "stop")) as engine,
+            FakeEngine(lambda body: (world.ids("last" if ends(body, world.ids("last:")) else "ab"), "stop")) as engine,
             EnginePool(5.0) as pool,
             contextlib.AsyncExitStack() as stack,
         ):
@@ -142,6 +158,13 @@ def test_episodes_are_played_to_their_end() -> None:
         assert appended == [world.ids(text) for text in (f"{close.group}:", "x:", "yy:")]
 
 
+def test_the_answer_to_a_turn_that_was_given_up_is_not_taken_for_the_next() -> None:
+    closes, world = run(["impatient"])
+    assert (closes[0].status, closes[0].reward) == ("done", 1.0)
+    appended = [a.token_ids.tolist() for a in world.queue.of(AppendTokens)]
+    assert appended == [world.ids("0:a:"), world.ids("last:")]
+
+
 def test_each_failure_has_its_name_and_costs_one_episode() -> None:
     hows = ["raises", "fails", "no number", "infinite", "messages", "endpoint", "twice", ""]
     closes, _ = run(hows)
@@ -158,10 +181,10 @@ def test_each_failure_has_its_name_and_costs_one_episode() -> None:
 
 
 def test_messages_and_the_endpoint_go_through_the_model_s_template() -> None:
-    hows = ["messages", "endpoint", "no message"]
+    hows = ["messages", "endpoint", "no message", "no role"]
     closes, world = run(hows, template=CHATML)
     assert [(close.reason, close.reward, close.num_sampled) for close in closes[:2]] == [("", 1.0, 4)] * 2
-    assert closes[2].reason == "bad_observation"
+    assert [close.reason for close in closes[2:]] == ["bad_observation"] * 2
     said = [[a.token_ids.tolist() for a in world.queue.of(AppendTokens) if a.group == group] for group in (0, 1)]
     for (first, second), before in zip(said, ("0:", ""), strict=True):
         assert first == world.ids(before + "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n")
@@ -174,6 +197,28 @@ def test_a_process_that_dies_takes_nobody_along() -> None:
     # it had begun with another observation, so its past cannot be played again
     assert (closes[0].status, closes[0].reason) == ("failed", "environment_lost")
     assert not len(world.episodes)
+
+
+def test_one_that_is_cancelled_before_it_began_is_said_to_be_over(tmp_path: pathlib.Path) -> None:
+    """Or else its process is taken for hung, and ended with all that is played there."""
+    (tmp_path / "game.py").write_text(TASK)
+    (tmp_path / "hows").write_text("sleeps")
+    opening = {"use": f"{tmp_path}/game.py:Game", "options": {}, "base_url": "", "no_endpoint": ""}
+    start = {"start": 1, "text": "", "data": {"n": 0}, "key": "k"}
+    frames = [pack(frame) for frame in (opening, start, {"cancel": 1})]
+    process = subprocess.run(
+        [sys.executable, "-m", "actors.environment_process"],
+        input=b"".join(len(frame).to_bytes(4, "big") + frame for frame in frames),
+        stdout=subprocess.PIPE,
+        timeout=60,
+        check=True,
+    )
+    said, rest = [], process.stdout
+    while rest:
+        length = int.from_bytes(rest[:4], "big")
+        said.append(unpack(rest[4 : 4 + length]))
+        rest = rest[4 + length :]
+    assert {"over": 1, "failure": "cancelled", "detail": ""} in said
 
 
 def test_an_episode_that_always_kills_its_process_ends() -> None:

@@ -69,6 +69,7 @@ def die_at(event: int) -> Callable[[], int]:
     return lambda: seen
 
 
+@pytest.mark.long
 @FORKS
 def test_a_kill_at_any_touch_of_the_file_system_leaves_a_whole_checkpoint(
     model: pathlib.Path, tmp_path: pathlib.Path

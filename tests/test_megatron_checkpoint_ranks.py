@@ -107,7 +107,7 @@ def one(model: pathlib.Path, checkpoint: pathlib.Path, export: pathlib.Path) -> 
     ("dtype", "tied", "old", "new"),
     [
         ("float32", True, TP2, DP2_SHARDED),
-        ("float32", True, PP2, TP2),
+        pytest.param("float32", True, PP2, TP2, marks=pytest.mark.long),
         pytest.param("bfloat16", False, DP2_SHARDED, TP2, marks=pytest.mark.long),
         pytest.param("bfloat16", True, TP2, DP2_SHARDED, marks=pytest.mark.long),
         pytest.param("bfloat16", True, PP2, DP2_OVERLAPPED, marks=pytest.mark.long),

@@ -34,6 +34,7 @@ def test_a_step_waits_for_all_of_its_groups_and_takes_them_all(mode: str):
     run = a_run(mode, max_tokens=8)
     run.request(0)
     assert not of_type(run.grow(0, [3, 3]), m.Lease), "enough tokens, but not all groups"
+    assert any("1 of its groups are ready, and all" in line for line in run.core.why())
     [lease] = of_type(run.grow(1, [3, 3]), m.Lease)
     assert lease.groups.tolist() == [0, 0, 1, 1], "more than max_tokens: the batch is whole"
 

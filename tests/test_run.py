@@ -102,6 +102,7 @@ def killed_for_good(launch: Launch, word: str, name: str) -> None:
     assert alive(tree) == []
 
 
+@pytest.mark.long
 def test_without_restarts_an_engine_whose_scheduler_dies_ends_the_run_by_name(launch: Launch) -> None:
     killed_for_good(launch, "sglang::scheduler", "engine-0")
 

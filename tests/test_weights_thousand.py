@@ -252,7 +252,7 @@ def judge(queue: FakeQueue, learning: Learning, link: LossyLink, names: list[str
 
 @pytest.mark.timeout(240)
 def test_versions_reach_an_engine_over_a_bad_network_and_restarts_bit_for_bit(tmp_path: pathlib.Path) -> None:
-    asyncio.run(play(tmp_path, versions=60, engines=1, publisher_kills=2, engine_kills=1))
+    asyncio.run(play(tmp_path, versions=30, engines=1, publisher_kills=1, engine_kills=1))
 
 
 @pytest.mark.long

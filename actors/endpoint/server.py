@@ -11,6 +11,7 @@ an engine that dies may have said what nobody has.
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import secrets
@@ -144,6 +145,8 @@ class Endpoint:
         else:
             if api is RESPONSES and exchange.ask.echo.get("store") is not False:
                 session.store(api.answer_id(answer), exchange.ask, answer.said)
+            # answers are kept by the dozen, and each request has the whole conversation
+            exchange.ask = dataclasses.replace(exchange.ask, messages=[])
             exchange.answer.set_result(answer)
 
     async def _deliver(self, request: web.Request, api: Api, exchange: Exchange) -> web.StreamResponse:

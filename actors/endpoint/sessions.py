@@ -21,7 +21,7 @@ import msgspec
 from actors.chat_parsing import Said, parsed_arguments
 from actors.endpoint.answer import Answer
 from actors.endpoint.asking import Ask
-from actors.episodes import Branch, Episode
+from actors.episodes import Branch, Episode, Sampled
 
 KEPT = 64
 """Answers of an episode that are kept for who asks again, and conversations that may be named.  SDKs ask again within
@@ -56,6 +56,9 @@ class Session:
     places: dict[bytes, list[Place]] = field(default_factory=lambda: defaultdict(list))
     """By the digest of the conversation up to there.  Not more of them than turns."""
     busy: set[Branch] = field(default_factory=set)
+    unparsed: dict[bytes, tuple[Branch, Sampled, int]] = field(default_factory=dict)
+    """Turns that no engine could parse, as they were sampled, by the digest of what was asked: who asks again gets
+    them, for they train."""
     exchanges: deque[Exchange] = field(default_factory=deque)
     """Those under way and the newest of the others, in the order of asking."""
     stored: dict[str, list[dict[str, Any]]] = field(default_factory=dict)

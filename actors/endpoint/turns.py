@@ -63,6 +63,21 @@ class Turns:
         if ask.stop and not self._options.stop_sequences:
             raise refuse("this run's engines know no text; set sglang.skip_tokenizer_init = false to use stop", "stop")
         digests = conversation(ask)
+        turn = session.unparsed.pop(digests[-1], None)
+        if turn is None:
+            turn = await self._sample(episode, session, ask, digests)
+        try:
+            answer = await self._answer(ask, *turn)
+        except (EngineError, TimeoutError):
+            session.unparsed[digests[-1]] = turn
+            raise
+        session.note(digests, answer.said, turn[0])
+        return answer
+
+    async def _sample(
+        self, episode: Episode, session: Session, ask: Ask, digests: Sequence[bytes]
+    ) -> tuple[Branch, Sampled, int]:
+        """The turn, the branch that it is on, and how many of the tokens before it were held."""
         place, count, goes_on = session.find(digests)
         branch = place.branch if place and goes_on else None
         if branch is not None:
@@ -72,10 +87,7 @@ class Turns:
             new = await self._tokens(ask, count, branch.token_ids[-1:] if branch else held)
             self._counts[f"endpoint.{'continued' if branch else 'forked' if place else 'begun'}"] += 1
             taken, sampled = await episode.turn(branch, [*held, *new], max_new_tokens=ask.max_new_tokens, stop=ask.stop)
-            num_held = place.tokens if place else 0
-            answer = await self._answer(ask, taken, sampled, num_held)
-            session.note(digests, answer.said, taken)
-            return answer
+            return taken, sampled, place.tokens if place else 0
         finally:
             if branch is not None:
                 session.busy.discard(branch)

@@ -112,9 +112,13 @@ class EngineClient:
 
     async def _parsed(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         async with self._post(path, body) as response:
-            answer = json.loads(await response.text())
+            text = await response.text()
+        try:
+            answer = json.loads(text)
+        except (ValueError, RecursionError):
+            answer = None
         if not isinstance(answer, dict):
-            raise EngineError(f"{self.name} answered {path} with no object: {answer!r:.200}")
+            raise EngineError(f"{self.name} answered {path} with no object: {text:.200}")
         return answer
 
     async def answers(self, timeout: float) -> bool:

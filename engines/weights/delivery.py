@@ -159,6 +159,8 @@ class Delivery:
         if newest is None or any(version is not None and version.history > newest.history for version in claimed):
             return []  # nothing leads back to a line of training that has ended: it waits for the new one's versions
         if engine.hellos:
+            if self._weights.delivery == "reload" and self._are_loading(engine):
+                return []
             self._believe(engine)
         if engine.held != newest:
             if self._weights.delivery == "reload":
@@ -167,6 +169,11 @@ class Delivery:
         if engine.verify or (engine.held == self._final and not engine.verified):
             return self._verify(engine)
         return []
+
+    def _are_loading(self, engine: Recipient) -> bool:
+        """Each rank says hello by itself when it has loaded a version: not all have said so of the same one."""
+        versions = {hello.version for hello in engine.hellos.values()}
+        return versions != {engine.held} and (len(engine.hellos) < engine.ranks or len(versions) > 1)
 
     def _believe(self, engine: Recipient) -> None:
         """What the ranks say in their hellos, if they agree with each other and with what was published."""

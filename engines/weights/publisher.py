@@ -90,7 +90,7 @@ class Publisher:
                 case LearnerDone():
                     await self._say(self._delivery.finish(message.final))
                 case EngineHello() if message.run == self._run and self._reloads and message.rank == 0:
-                    await self._fleet.serve(message.engine, message.address)
+                    await self._fleet.serve(message.engine, message.address, message.incarnation)
                     await self._say(self._delivery.handle(peer, message))
                 case EngineHello() | Alive() | PartTaken() | Live() | HashReport():
                     await self._say(self._delivery.handle(peer, message))

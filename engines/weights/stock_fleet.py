@@ -25,21 +25,23 @@ class StockFleet:
     def __init__(self, recipe: config.Recipe) -> None:
         self._model = pathlib.Path(recipe.model.path)
         self._scratch, self._timeout_s = recipe.run_directory / "stock", recipe.supervise.peer_timeout_s
-        self._urls = {str(i): url for i, url in enumerate(recipe.weights.stock_servers)}
-        """By the name of the server's folder."""
-        self._feeds: dict[str, tuple[str, asyncio.Task[None]]] = {}
-        """Address and loop of each, once `run` has begun it."""
-        wanted = self._urls or recipe.weights.delivery == "reload"
+        self._servers = {str(i): (url, 0) for i, url in enumerate(recipe.weights.stock_servers)}
+        """Address and incarnation, by name."""
+        self._feeds: dict[str, tuple[tuple[str, int], asyncio.Task[None]]] = {}
+        """Which server is fed, and the loop that does, once `run` has begun it."""
+        self._again_s = recipe.supervise.retry_s if recipe.weights.delivery == "reload" else None
+        """Nobody but us looks after the run's own engines: what failed is tried again after this long."""
+        wanted = self._servers or recipe.weights.delivery == "reload"
         shapes = checkpoint_shapes(self._model) if wanted else {}
         self._shapes = {name: shape for name, (shape, _) in shapes.items()}
         self._tensors: dict[str, torch.Tensor] = {}
         self._newest: Version | None = None
         self._changed = asyncio.Condition()
 
-    async def serve(self, name: str, url: str) -> None:
-        """Feed this server too, or at another address than before."""
+    async def serve(self, name: str, url: str, incarnation: int) -> None:
+        """Feed this server too; one that was started again holds nothing of what it was given before."""
         async with self._changed:
-            self._urls[name] = url
+            self._servers[name] = url, incarnation
             self._changed.notify_all()
 
     async def offer(self, chain: Chain) -> None:
@@ -56,18 +58,21 @@ class StockFleet:
         have it, a report of each update.  Unblocked by: `offer`, `serve`."""
         async with asyncio.TaskGroup() as tasks:
             while True:
-                for name, url in self._urls.items():
+                for name, (url, incarnation) in self._servers.items():
                     fed = self._feeds.get(name)
-                    if fed is None or fed[0] != url:
+                    if fed is None or fed[0] != (url, incarnation):
                         if fed is not None:
                             fed[1].cancel()
-                        server = StockServer(url, self._model, self._scratch / name, self._timeout_s)
-                        self._feeds[name] = url, tasks.create_task(self._feed(server, report), name=f"feed {name}")
+                        # a folder for each incarnation: a thread may still be writing for the one before
+                        scratch = self._scratch / (f"{name}@{incarnation}" if incarnation else name)
+                        server = StockServer(url, self._model, scratch, self._timeout_s)
+                        feed = tasks.create_task(self._feed(server, report), name=f"feed {name}")
+                        self._feeds[name] = (url, incarnation), feed
                 async with self._changed:
                     await self._changed.wait_for(self._has_news)
 
     def _has_news(self) -> bool:
-        return {name: fed[0] for name, fed in self._feeds.items()} != self._urls
+        return {name: fed[0] for name, fed in self._feeds.items()} != self._servers
 
     async def _feed(self, server: StockServer, report: Callable[[StockReport], Awaitable[None]]) -> None:
         held: Version | None = None
@@ -92,6 +97,9 @@ class StockFleet:
                     problem=done.problem,
                 )
             )
+            if done.problem and self._again_s is not None:
+                await asyncio.sleep(self._again_s)
+                held = None
 
     def _copied(self, chain: Chain) -> dict[str, torch.Tensor]:
         return {name: bits.clone().view(dtype).reshape(self._shapes[name]) for name, dtype, bits in chain.tensors()}

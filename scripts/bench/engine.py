@@ -13,12 +13,14 @@ moment, each for the same number of tokens, until the last has answered.  A serv
 import asyncio
 import contextlib
 import dataclasses
+import datetime
 import importlib.metadata
 import json
 import logging
 import math
 import pathlib
 import random
+import shlex
 import sys
 import tempfile
 import time
@@ -147,6 +149,8 @@ def measure(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
         asyncio.run(run())
     return {
         "bench": "engine",
+        "date": datetime.date.today().isoformat(),
+        "command": shlex.join(["stream-rl", *sys.argv[1:]]),
         "device": specimen.device_name(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "model": f"{shape.layers} layers of {shape.hidden_size}, {shape.dtype}",

@@ -80,8 +80,10 @@ def of_mode(plan: Plan, mode: str) -> config.Recipe:
             raise ConfigError(f"{len(of_engines)} GPUs cannot be divided among engines of {per_engine}")
         engine = dataclasses.replace(engine, count=len(of_engines) // per_engine, devices=tuple(of_engines))
         learner = dataclasses.replace(learner, processes=len(of_learner), devices=tuple(of_learner))
+    until_its_turn = plan.start_s + len(plan.modes) * (plan.seconds + END_S)
     queue = dataclasses.replace(
         recipe.queue,
+        lease_timeout_s=max(recipe.queue.lease_timeout_s, until_its_turn),
         mode=SYNCHRONOUS if mode == COLOCATED else STREAMING if mode == RELOAD else mode,  # type: ignore[arg-type]
     )
     return dataclasses.replace(
@@ -110,12 +112,16 @@ def measure(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
         if recipe.run_directory.exists():
             raise ConfigError(f"{recipe.run_directory} is there already; give another --directory")
         config.dump(recipe, plan.directory / f"{mode}.toml")
-    errors = asyncio.run(_all(plan, say))
+    ended: dict[str, str] = {}
+    try:
+        asyncio.run(_all(plan, ended, say))
+    except KeyboardInterrupt:
+        say("interrupted; what was measured is shown all the same")
     modes: dict[str, Any] = {}
     for mode, recipe in recipes.items():
         modes[mode] = loop_figures.figures(recipe.run_directory)
-        if mode in errors:
-            modes[mode]["error"] = errors[mode]
+        if problem := ended.get(mode, "interrupted"):
+            modes[mode]["error"] = problem
     from engines.megatron import specimen
 
     return {
@@ -135,9 +141,8 @@ def measure(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
     }
 
 
-async def _all(plan: Plan, say: Callable[[str], None]) -> dict[str, str]:
-    """Run every mode; what went wrong, by mode."""
-    errors: dict[str, str] = {}
+async def _all(plan: Plan, ended: dict[str, str], say: Callable[[str], None]) -> None:
+    """Run every mode; `ended`, by mode: "", or what went wrong."""
     async with contextlib.AsyncExitStack() as stack:
         waiting = {}
         for mode in plan.modes if plan.together else ():
@@ -145,18 +150,15 @@ async def _all(plan: Plan, say: Callable[[str], None]) -> dict[str, str]:
         if plan.together:
             say(f"starting {len(plan.modes)} modes")
             ready = await asyncio.gather(*(_until_held(run, plan.start_s) for run in waiting.values()))
-            errors = {mode: problem for mode, problem in zip(waiting, ready, strict=True) if problem}
+            ended |= {mode: problem for mode, problem in zip(waiting, ready, strict=True) if problem}
         for mode in plan.modes:
-            if mode in errors:
-                say(f"{mode}: {errors[mode]}")
-                continue
-            async with _started(plan, mode) if not plan.together else contextlib.nullcontext(waiting[mode]) as run:
-                assert run is not None
-                problem = "" if plan.together else await _until_held(run, plan.start_s)
-                if problem := problem or await _turn(plan, mode, run, say):
-                    errors[mode] = problem
-                    say(f"{mode}: {problem}")
-    return errors
+            if mode not in ended:
+                async with _started(plan, mode) if not plan.together else contextlib.nullcontext(waiting[mode]) as run:
+                    assert run is not None
+                    problem = "" if plan.together else await _until_held(run, plan.start_s)
+                    ended[mode] = problem or await _turn(plan, mode, run, say)
+            if ended[mode]:
+                say(f"{mode}: {ended[mode]}")
 
 
 @dataclass(frozen=True, slots=True)

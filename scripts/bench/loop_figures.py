@@ -55,7 +55,8 @@ def figures(directory: pathlib.Path) -> dict[str, Any]:
     trained, masked = (sum(r[name] for r in counted) for name in ("trained_tokens", "masked_tokens"))
     learned = sum(r["learner.busy_seconds"] for r in counted)
     g, t = busy / count, learned / count
-    stalls = [1e3 * r["stall_seconds"] for r in kinds["version"]] or [1e3 * r["pause_seconds"] for r in kinds["stock"]]
+    paused = [1e3 * r["pause_seconds"] for r in kinds["stock"] if not r["problem"]]
+    stalls = [1e3 * r["stall_seconds"] for r in kinds["version"]] or paused
     deltas = [r for r in kinds["version"] if not r["anchor"]]
     return {
         "steps": len(steps),
