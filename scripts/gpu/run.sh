@@ -1,6 +1,6 @@
 # bash scripts/gpu/run.sh RUN [ARGUMENT...]: one measurement on a machine with GPUs and no network; README.md lists them
 set -o pipefail
-run=${1:?keep, smollm2, loop2, loop4, engine, updates or learner}; shift
+run=${1:?keep, smollm2, loop2, loop4, engine, endpoint, updates, learner, four or four_more}; shift
 
 keep() {  # FILE...: parts of the model that this call brought, put where later calls find them
   mkdir -p ~/smollm2 && mv "$@" ~/smollm2/ && ls -la ~/smollm2
@@ -48,8 +48,8 @@ run_engine() {  # [SECONDS]: one GPU; plain SGLang, SSE, plugin, live updates
 run_updates() {  # [RANKS]: live updates at work, on one GPU or on RANKS
   local name=updates_tp${1:-1}_h200
   timeout -s INT "$(left)" $CLI bench updates --tp ${1:-1} --commits 420 --many-commits 60 --tokens 2048 --window-seconds 8 --pairs 10 --seconds 450 \
-    --json $OUT/$name.json > $OUT/updates.out 2> >(tee $OUT/updates.err >&2)
-  say "updates: status $?"
+    --json $OUT/$name.json > $OUT/$name.out 2> >(tee $OUT/$name.err >&2)
+  say "$name: status $?"
   show $OUT/$name.json device commits met errors problems throughput_ratio decode_step_ms few.stall_ms many.stall_ms tokens_per_second.without seconds
 }
 
@@ -63,6 +63,30 @@ run_learner() {  # two GPUs: the learner by itself on one and its gap to SGLang 
   wait $gap; say "gap: status $?"; tail -30 $OUT/learner_gap.out
   timeout -s INT "$(left)" $TEST -m gpu -k two_gpus tests/test_megatron_parallel.py > $OUT/nccl.log 2>&1
   say "nccl: status $?"; tail -6 $OUT/nccl.log | cut -c1-300
+}
+
+run_endpoint() {  # [PAIRS]: one GPU; sessions through the endpoint, and the same straight to SGLang
+  timeout -s INT "$(left)" $CLI bench endpoint --pairs ${1:-8} --json $OUT/endpoint_h200.json > $OUT/endpoint.out 2> >(tee $OUT/endpoint.err >&2)
+  say "endpoint: status $?"; show $OUT/endpoint_h200.json cpu_ms_per_request cpu_us_per_token rate_ratio met
+}
+
+run_four() {  # four GPUs: updates on one and on two of them, and the learner by itself, side by side; GPU time is short
+  (CUDA_VISIBLE_DEVICES=0 run_updates 1) & (CUDA_VISIBLE_DEVICES=1,2 run_updates 2) &
+  CUDA_VISIBLE_DEVICES=3 timeout -s INT 200 $CLI bench learner --size 0.6b --tokens 32768 --micro-batch-tokens 32768 --pairs 8 \
+    --json $OUT/learner_h200.json > /tmp/learner.out 2>&1
+  say "learner: status $?"; tail -25 /tmp/learner.out
+  CUDA_VISIBLE_DEVICES=3 timeout -s INT 230 $CLI bench learner-gap --json $OUT/learner_gap_h200.json > /tmp/learner_gap.out 2>&1
+  say "gap: status $?"; tail -30 /tmp/learner_gap.out
+  wait
+}
+
+run_four_more() {  # four GPUs: what `four` has no time for
+  (CUDA_VISIBLE_DEVICES=0 run_endpoint) &
+  (CUDA_VISIBLE_DEVICES=3 timeout -s INT 200 $TEST tests/test_megatron_flash.py tests/test_megatron_logprobs_kernels.py tests/test_megatron_checkpoint_gpu.py > $OUT/kernels.log 2>&1
+    say "kernels and checkpoints: status $?"; tail -4 $OUT/kernels.log) &
+  CUDA_VISIBLE_DEVICES=1,2 timeout -s INT 400 $TEST -m gpu -k two_gpus tests/test_megatron_parallel.py > $OUT/nccl.log 2>&1
+  say "nccl: status $?"; tail -6 $OUT/nccl.log | cut -c1-300
+  wait
 }
 
 case $run in
