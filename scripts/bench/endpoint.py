@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import click
 
+from scripts.bench.engine_recipe import sglang_options
 from scripts.bench.publish import interval
 from scripts.processes import Child
 from stream_rl.errors import ConfigError
@@ -240,12 +241,14 @@ async def _engine(plan: Plan, model: pathlib.Path, directory: pathlib.Path) -> A
 
     port = free_port()
     room = plan.sessions * (plan.turns * (plan.tokens + 64) + 64)
-    options: dict[str, Any] = {
-        "model-path": str(model), "host": "127.0.0.1", "port": port, "skip-tokenizer-init": True,
-        "max-running-requests": plan.sessions, "max-total-tokens": room, "log-level-http": "warning",
-        **({"device": "cpu", "attention-backend": "torch_native", "dtype": "float32"} if plan.tiny else {}),
+    options = {
+        "model_path": str(model),
+        "host": "127.0.0.1",
+        "port": port,
+        **sglang_options(plan.sessions, room, plan.tiny),
+        **({"dtype": "float32"} if plan.tiny else {}),
         **plan.options,
-    }  # fmt: skip
+    }
     words = [
         word
         for name, value in options.items()

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import click
 
+from scripts.bench.engine_recipe import engine_recipe, sglang_options
 from scripts.bench.followed import (
     PROMPT_TOKENS,
     REQUEST_TIMEOUT_S,
@@ -255,35 +256,10 @@ def _of_rate(rate: float) -> str:
 
 def _recipe(plan: Plan, model: pathlib.Path, directory: str, shape: "ModelShape") -> config.Recipe:
     room = (PROMPT_TOKENS + plan.tokens) * plan.requests
-    options: dict[str, Any] = {
-        "dtype": shape.dtype,
-        "skip_tokenizer_init": True,
-        "max_running_requests": plan.requests,
-        "max_total_tokens": room + room // 8,
-        "log_level_http": "warning",
-    }
-    if plan.tiny:
-        options |= {"device": "cpu", "attention_backend": "torch_native", "sleep_on_idle": True}
-    else:
-        options |= {
-            "device": "cuda",
-            "attention_backend": "triton",
-            "sampling_backend": "pytorch",
-            "grammar_backend": "none",
-            "mem_fraction_static": 0.5,  # of what is free when a server starts; max_total_tokens is what bounds it
-            "cuda_graph_max_bs_decode": plan.requests,
-            "sleep_on_idle": True,
-        }
-    return config.Recipe(
-        run=config.Run(name="engine", steps=1, directory=directory),
-        model=config.Model(path=str(model)),
-        task=config.TaskChoice(use="none:None"),
-        queue=config.Queue(min_tokens=1, max_tokens=1),
-        rollout=config.Rollout(max_new_tokens=plan.tokens),
-        weights=config.Weights(verify_every=0),
-        engine=config.Engine(start_timeout_s=min(300.0, plan.seconds)),
-        supervise=config.Supervise(peer_timeout_s=PATIENCE_S),
-        sglang=options | plan.options,
+    options = sglang_options(plan.requests, room + room // 8, plan.tiny) | {"dtype": shape.dtype} | plan.options
+    start_s = min(300.0, plan.seconds)
+    return engine_recipe(
+        "engine", directory, model, options, max_new_tokens=plan.tokens, start_s=start_s, patience_s=PATIENCE_S
     )
 
 

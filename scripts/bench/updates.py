@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from scripts.bench.engine_recipe import engine_recipe, sglang_options
 from scripts.bench.followed import FIRST, PROMPT_TOKENS, Followed, following, publishing
 from scripts.bench.update_figures import BEATS_PER_SECOND, FEW, MANY, Measured, Window, figures
 from stream_rl import config
@@ -112,35 +113,11 @@ def measure(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
 
 def _recipe(plan: Plan, model: pathlib.Path, directory: str, shape: "ModelShape") -> config.Recipe:
     room = (PROMPT_TOKENS + plan.tokens) * plan.requests
-    options: dict[str, Any] = {
-        "dtype": shape.dtype,
-        "skip_tokenizer_init": True,
-        "tp_size": plan.tp,
-        "max_running_requests": plan.requests,
-        "max_total_tokens": room + room // 8,
-        "log_level_http": "warning",
-    }
-    if plan.tiny:
-        options |= {"device": "cpu", "attention_backend": "torch_native", "sleep_on_idle": True}
-    else:
-        options |= {
-            "device": "cuda",
-            "attention_backend": "triton",
-            "sampling_backend": "pytorch",
-            "grammar_backend": "none",
-            "mem_fraction_static": 0.6,
-            "cuda_graph_max_bs_decode": plan.requests,
-        }
-    return config.Recipe(
-        run=config.Run(name="updates", steps=1, directory=directory),
-        model=config.Model(path=str(model)),
-        task=config.TaskChoice(use="none:None"),
-        queue=config.Queue(min_tokens=1, max_tokens=1),
-        rollout=config.Rollout(max_new_tokens=plan.tokens),
-        weights=config.Weights(verify_every=0),
-        engine=config.Engine(start_timeout_s=min(300.0, plan.seconds)),
-        supervise=config.Supervise(peer_timeout_s=PATIENCE_S),
-        sglang=options | plan.options,
+    options = sglang_options(plan.requests, room + room // 8, plan.tiny)
+    options |= {"dtype": shape.dtype, "tp_size": plan.tp, "sleep_on_idle": plan.tiny} | plan.options
+    start_s = min(300.0, plan.seconds)
+    return engine_recipe(
+        "updates", directory, model, options, max_new_tokens=plan.tokens, start_s=start_s, patience_s=PATIENCE_S
     )
 
 
