@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make quickstart   train a small model with the whole system and show that it learned (about 3 minutes)"
-	@echo "make agent        the same with a task of many turns and two tools (about 4 minutes)"
+	@echo "make agent        the same with a task of many turns and two tools (about 3 minutes)"
 	@echo "make test         lint, then every test that needs neither a GPU nor patience"
 	@echo "make test-long    crashes, many versions, full matrices"
 	@echo "make test-gpu     tests that need a CUDA device"
