@@ -1,6 +1,6 @@
 # bash scripts/gpu/run.sh RUN [ARGUMENT...]: one measurement on a machine with GPUs and no network; README.md lists them
 set -o pipefail
-run=${1:?keep, smollm2, loop2, loop4, engine, endpoint, updates, learner, four or four_more}; shift
+run=${1:?keep, together, smollm2, loop2, loop4, engine, endpoint, updates, learner or nccl}; shift
 
 keep() {  # FILE...: parts of the model that this call brought, put where later calls find them
   mkdir -p ~/smollm2 && mv "$@" ~/smollm2/ && ls -la ~/smollm2
@@ -47,46 +47,37 @@ run_engine() {  # [SECONDS]: one GPU; plain SGLang, SSE, plugin, live updates
 
 run_updates() {  # [RANKS]: live updates at work, on one GPU or on RANKS
   local name=updates_tp${1:-1}_h200
-  timeout -s INT "$(left)" $CLI bench updates --tp ${1:-1} --commits 420 --many-commits 60 --tokens 2048 --window-seconds 8 --pairs 10 --seconds 450 \
-    --json $OUT/$name.json > $OUT/$name.out 2> >(tee $OUT/$name.err >&2)
+  timeout -s INT "$(left)" $CLI bench updates --tp ${1:-1} --commits 360 --many-commits 40 --tokens 2048 --window-seconds 4 --pairs 24 \
+    --seconds $(( $(left) - 30 )) --json $OUT/$name.json > /tmp/$name.out 2> >(tee $OUT/$name.err >&2)
   say "$name: status $?"
   show $OUT/$name.json device commits met errors problems throughput_ratio decode_step_ms few.stall_ms many.stall_ms tokens_per_second.without seconds
 }
 
-run_learner() {  # two GPUs: the learner by itself on one and its gap to SGLang on the other; then kernels and NCCL
-  CUDA_VISIBLE_DEVICES=0 timeout -s INT 170 $CLI bench learner --size 0.6b --tokens 32768 --micro-batch-tokens 32768 --pairs 8 \
-    --json $OUT/learner_h200.json > $OUT/learner.out 2>&1 & local learner=$!
-  CUDA_VISIBLE_DEVICES=1 timeout -s INT 230 $CLI bench learner-gap --json $OUT/learner_gap_h200.json > $OUT/learner_gap.out 2>&1 & local gap=$!
-  wait $learner; say "learner: status $?"; tail -25 $OUT/learner.out
-  CUDA_VISIBLE_DEVICES=0 timeout -s INT 150 $TEST tests/test_megatron_flash.py tests/test_megatron_logprobs_kernels.py tests/test_megatron_checkpoint_gpu.py > $OUT/kernels.log 2>&1
+run_learner() {  # one GPU: the learner by itself, its gap to SGLang, fused kernels and checkpoints
+  timeout -s INT 200 $CLI bench learner --size 0.6b --tokens 32768 --micro-batch-tokens 32768 --pairs 8 \
+    --json $OUT/learner_h200.json > /tmp/learner.out 2>&1
+  say "learner: status $?"; grep -v '": "' /tmp/learner.out | tail -40 | cut -c1-300
+  timeout -s INT 230 $CLI bench learner-gap --json $OUT/learner_gap_h200.json > /tmp/learner_gap.out 2>&1
+  say "gap: status $?"; grep -v '": "' /tmp/learner_gap.out | tail -40 | cut -c1-300
+  timeout -s INT "$(left)" $TEST tests/test_megatron_flash.py tests/test_megatron_logprobs_kernels.py tests/test_megatron_checkpoint_gpu.py > $OUT/kernels.log 2>&1
   say "kernels and checkpoints: status $?"; tail -4 $OUT/kernels.log
-  wait $gap; say "gap: status $?"; tail -30 $OUT/learner_gap.out
+}
+
+run_nccl() {  # two GPUs: the learner in two processes against one
   timeout -s INT "$(left)" $TEST -m gpu -k two_gpus tests/test_megatron_parallel.py > $OUT/nccl.log 2>&1
   say "nccl: status $?"; tail -6 $OUT/nccl.log | cut -c1-300
 }
 
 run_endpoint() {  # [PAIRS]: one GPU; sessions through the endpoint, and the same straight to SGLang
-  timeout -s INT "$(left)" $CLI bench endpoint --pairs ${1:-8} --json $OUT/endpoint_h200.json > $OUT/endpoint.out 2> >(tee $OUT/endpoint.err >&2)
-  say "endpoint: status $?"; show $OUT/endpoint_h200.json cpu_ms_per_request cpu_us_per_token rate_ratio met
+  timeout -s INT "$(left)" $CLI bench endpoint --pairs ${1:-8} --json $OUT/endpoint_h200.json > /tmp/endpoint.out 2> >(tee $OUT/endpoint.err >&2)
+  say "endpoint: status $?"; show $OUT/endpoint_h200.json cpu_ms_per_request cpu_us_per_token tokens_per_second rate_ratio met
 }
 
-run_four() {  # four GPUs: updates on one and on two of them, and the learner by itself, side by side; GPU time is short
-  (CUDA_VISIBLE_DEVICES=0 run_updates 1) & (CUDA_VISIBLE_DEVICES=1,2 run_updates 2) &
-  CUDA_VISIBLE_DEVICES=3 timeout -s INT 200 $CLI bench learner --size 0.6b --tokens 32768 --micro-batch-tokens 32768 --pairs 8 \
-    --json $OUT/learner_h200.json > /tmp/learner.out 2>&1
-  say "learner: status $?"; tail -25 /tmp/learner.out
-  CUDA_VISIBLE_DEVICES=3 timeout -s INT 230 $CLI bench learner-gap --json $OUT/learner_gap_h200.json > /tmp/learner_gap.out 2>&1
-  say "gap: status $?"; tail -30 /tmp/learner_gap.out
-  wait
-}
-
-run_four_more() {  # four GPUs: what `four` has no time for
-  (CUDA_VISIBLE_DEVICES=0 run_endpoint) &
-  (CUDA_VISIBLE_DEVICES=3 timeout -s INT 200 $TEST tests/test_megatron_flash.py tests/test_megatron_logprobs_kernels.py tests/test_megatron_checkpoint_gpu.py > $OUT/kernels.log 2>&1
-    say "kernels and checkpoints: status $?"; tail -4 $OUT/kernels.log) &
-  CUDA_VISIBLE_DEVICES=1,2 timeout -s INT 400 $TEST -m gpu -k two_gpus tests/test_megatron_parallel.py > $OUT/nccl.log 2>&1
-  say "nccl: status $?"; tail -6 $OUT/nccl.log | cut -c1-300
-  wait
+run_together() {  # GPUS:RUN[:ARGUMENT]...: side by side, each on its GPUs: a minute of two GPUs costs what one of one does
+  for each; do
+    IFS=: read -r gpus name argument <<< "$each"
+    (CUDA_VISIBLE_DEVICES=$gpus "run_$name" $argument) &
+  done; wait
 }
 
 case $run in
