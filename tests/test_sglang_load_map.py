@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from update_builders import dtypes_of, flat
+from update_builders import dtypes_of, flat, runs_of
 from weights_builders import (
     FUSED,
     SHAPES,
@@ -39,7 +39,7 @@ def traced(model: Model, shapes: Mapping[str, TensorShape] | None = None) -> Loa
 
 def write(load_map: LoadMap, old: Tensors, new: Tensors) -> Writes:
     """Carry out what turns one into the other."""
-    writes = joined([placed(differences(flat(old), flat(new), dtypes_of(new)), load_map, False)], load_map)
+    writes = joined([placed(runs_of(differences(flat(old), flat(new), dtypes_of(new))), load_map, False)], load_map)
     writes.write()
     return writes
 
@@ -86,7 +86,7 @@ def test_writes_make_exactly_the_update_live(seed: int, dtype: torch.dtype, shar
         patch.setattr(parts_module, "SLICE", slice_)
         pieces = differences(flat(old), flat(new), dtypes_of(new))
     before = total(load_map)
-    writes = joined([placed([piece], load_map, False) for piece in pieces], load_map)
+    writes = joined([placed(runs_of([piece]), load_map, False) for piece in pieces], load_map)
     assert same_bits(model.live(), old), "nothing is written before it is told to"
     assert len(writes.scatters) <= 1, "one launch for all tensors"
     writes.write()
@@ -113,7 +113,7 @@ def test_dense_pieces_are_written_by_copies_or_scattered_and_count_the_same(
             load_map = LoadMap(traced, rank, [each.rows() for each in traces])
             before = load_map.live_sums()
             pieces = [p for name, bits in flat(new).items() for p in dense_pieces(name, torch.bfloat16, bits)]
-            change, anchor = (joined([placed(pieces, load_map, flag)], load_map) for flag in (False, True))
+            change, anchor = (joined([placed(runs_of(pieces), load_map, flag)], load_map) for flag in (False, True))
             assert anchor.covered == load_map.elements
             change.write()
             assert same_bits(dict(model.named_parameters()), dict(fresh.named_parameters()))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from weights_builders import random_bits
 
 from engines.weights.codes import fast, ulp
+from engines.weights.codes.changes import Run
 from engines.weights.codes.layout import BLOCK
 from engines.weights.codes.ulp import SparseDelta
 from stream_rl.errors import WeightsError
@@ -35,9 +36,9 @@ def decode(code: ByteArray, dtype: torch.dtype, elements: int) -> SparseDelta:
         delta = fast.decode(code, dtype, elements)
     except WeightsError:
         with pytest.raises(WeightsError):
-            fast.decode_frames(frames, ends, sizes, dtype)
+            fast.decode_frames(frames, ends, sizes, dtype.itemsize)
         raise
-    found = fast.decode_frames(frames, ends, sizes, dtype)
+    found = Run([0, 1, 2], *fast.decode_frames(frames, ends, sizes, dtype.itemsize)).deltas(sizes.tolist())
     assert same(found[1], delta) and all(each.indices.tolist() == [3] for each in (found[0], found[2]))
     return delta
 

@@ -232,6 +232,49 @@ def test_the_compiled_loops_do_what_the_readable_ones_do(
     assert np.array_equal(lives[0], new.numpy()) and np.array_equal(lives[1], new.numpy())
 
 
+@LIGHT
+@given(st.integers(0, 2**32 - 1), st.integers(0, 60), st.sampled_from([np.int16, np.int32]))
+def test_changes_are_located_in_boxes_alike_by_both_forms(seed: int, elements: int, dtype: type) -> None:
+    from engines.weights.codes import loops
+
+    rng = np.random.default_rng(seed)
+    slices = [np.flatnonzero(rng.random(elements) < 0.5) for _ in range(3)]
+    positions = np.concatenate(slices)
+    values = rng.integers(-9, 9, positions.size).astype(dtype)
+    firsts = np.cumsum([0, *(each.size for each in slices[:-1])])
+    spans, boxes = [], []
+    for _ in range(rng.integers(0, 6)):
+        of, columns, rows = rng.integers(3), rng.integers(1, 20), rng.integers(1, 5)
+        stride = columns + rng.integers(0, 9)
+        spans.append((firsts[of], slices[of].size))
+        boxes.append((rng.integers(-30, 30), (rows - 1) * stride + columns, stride, columns, *rng.integers(-99, 99, 3)))
+    segments = np.array(spans, np.int64).reshape(-1, 2), np.array(boxes, np.int64).reshape(-1, 7)
+    found = []
+    for module in (arrays, loops):
+        room = sum(count for _, count in spans)
+        out = np.zeros(room, np.int64), np.zeros(room, np.int64), np.zeros(room, dtype)
+        counts = module.locate(positions, values, *segments, *out)
+        found.append([counts.tolist(), *(each[: counts.sum()].tolist() for each in out)])
+    assert found[0] == found[1]
+    expected = []
+    for (first, count), (shift, extent, stride, columns, live_stride, live, _) in zip(*segments, strict=True):
+        for position, value in zip(positions[first : first + count], values[first : first + count], strict=True):
+            row, column = divmod(position + shift, stride)
+            if 0 <= position + shift < extent and column < columns:
+                expected.append((live + row * live_stride + column, value))
+    assert list(zip(found[0][1], found[0][3], strict=True)) == expected
+
+
+@pytest.mark.parametrize("spans", [[[0, 4]], [[2, 2]], [[-1, 2]], [[0, -1]], [[0, 3], [0, 3]]])
+def test_segments_of_positions_that_are_not_there_are_refused(spans: list[list[int]]) -> None:
+    from engines.weights.codes import loops
+
+    out = np.zeros(5, np.int64), np.zeros(5, np.int64), np.zeros(5, np.int16)
+    boxes = np.array([[0, 9, 9, 9, 0, 0, 0]] * len(spans))
+    with pytest.raises(WeightsError, match="other positions than are here"):
+        loops.locate(np.arange(3), np.zeros(3, np.int16), np.array(spans), boxes, *out)
+
+
 @pytest.mark.parametrize("ranks", [[3, 2], [3, 3], [-1, 2], [0, 100], [100, 101], [-1], [1 << 62]])
 def test_members_that_a_class_does_not_have_are_refused(ranks: list[int]) -> None:
     base, bounds = np.zeros(100, np.int16), np.array([0, 1 << 7])

@@ -1,15 +1,17 @@
 """Updates from tensors, as the learner sends them, and what an engine has after one."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from weights_builders import FIRST, RUN, SHAPES, Tensors
 
 from engines.weights import fingerprint
 from engines.weights.chain import Chain, Update, differences
+from engines.weights.codes.changes import Known, Run
 from engines.weights.codes.payload import Code
-from engines.weights.parts import Line, Piece, apply_, cut, dense_pieces, read
+from engines.weights.parts import Line, Piece, Runs, apply_, cut, dense_pieces, read
 from stream_rl import wire
 from stream_rl.messages import UpdatePart
 from stream_rl.types import Version
@@ -25,6 +27,19 @@ def flat(tensors: Tensors) -> FlatBits:
 
 def dtypes_of(tensors: Tensors) -> dict[str, torch.dtype]:
     return {name: tensor.dtype for name, tensor in tensors.items()}
+
+
+def runs_of(pieces: Sequence[Piece]) -> Runs:
+    """Pieces as an engine reads them from a part."""
+    runs = [
+        Run([number], np.array([delta.changed]), delta.indices.numpy(), delta.steps.numpy())
+        for number, piece in enumerate(pieces)
+        if (delta := piece.change.delta) is not None
+    ]
+    dense = {number: piece.change.new for number, piece in enumerate(pieces) if piece.change.delta is None}
+    known = [Known(piece.change.dtype, piece.change.elements) for piece in pieces]
+    new = {number: bits for number, bits in dense.items() if bits is not None}
+    return Runs([piece.name for piece in pieces], [piece.start for piece in pieces], known, runs, new)
 
 
 def anchor_parts(tensors: Tensors, version: Version = FIRST, part_bytes: int = PART_BYTES) -> list[UpdatePart]:

@@ -48,6 +48,11 @@ class Box:
         """Which elements of the arena."""
         return self.live, self.rows, self.live_stride, self.columns
 
+    @property
+    def layout(self) -> tuple[int, int, int, int, int]:
+        """Positions from the first element to the last; stride and columns there; stride in live memory, place."""
+        return self.stop - self.offset, self.stride or max(self.columns, 1), self.columns, self.live_stride, self.live
+
     def clipped(self, start: int, stop: int) -> Iterator["Box"]:
         """What of it lies between two positions of the checkpoint tensor: at most part of a row, whole rows and part
         of another row."""

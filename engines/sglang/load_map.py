@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engines.sglang.boxes import Arena, Box, Span, between, overlapping
 from engines.weights import fingerprint
+from engines.weights.codes.changes import Known
+from engines.weights.parts import SLICE
 from stream_rl.errors import WeightsError
 
 Holders = tuple[int, ...]
@@ -38,6 +40,14 @@ class Held(NamedTuple):
 
     box: Box
     holders: Holders
+
+
+class Segment(NamedTuple):
+    """A box that may hold some of a slice of a checkpoint tensor."""
+
+    holders: Holders
+    box: tuple[int, ...]
+    """As `locate` of engines.weights.codes.arrays reads it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +75,7 @@ class LoadMap:
         self.rank, self.ranks = rank, max(1, len(ranks))
         self.seeds = {name: fingerprint.seed_of(name) for name in traced.shapes}
         self._arenas = traced.arenas
+        self._segments: dict[tuple[str, int, int, torch.dtype], list[Segment]] = {}
         holders = _holders(traced.shapes, ranks or [traced.rows()])
         self.held = {name: list(_held(name, traced.boxes.get(name, ()), holders)) for name in traced.shapes}
 
@@ -72,9 +83,35 @@ class LoadMap:
     def device(self) -> torch.device:
         return next(iter(self._arenas.values())).device
 
+    @property
+    def arenas(self) -> list[torch.Tensor]:
+        return [arena.bits for arena in self._arenas.values()]
+
     def arena(self, dtype: torch.dtype) -> torch.Tensor:
         """All live memory of this width, flat."""
         return self._arenas[dtype.itemsize].bits
+
+    def segments(self, name: str, start: int, known: Known) -> list[Segment]:
+        """Where changes of a slice of a checkpoint tensor may go.  Raises WeightsError if it is not of this engine's
+        checkpoint."""
+        key = name, start, known.elements, known.dtype
+        found = self._segments.get(key)
+        if found is None:
+            held, seed = self.holding(name, start, known), fingerprint.moved(self.seeds[name], start)
+            found = [Segment(holders, (start - box.offset, *box.layout, seed)) for box, holders in held]
+            if known.elements in (SLICE, self.shapes[name].elements - start):  # as senders cut them: there are not many
+                self._segments[key] = found
+        return found
+
+    def holding(self, name: str, start: int, known: Known) -> list[Held]:
+        """The boxes themselves."""
+        shape, stop = self.shapes.get(name), start + known.elements
+        if shape is None or shape.dtype != known.dtype or stop > shape.elements:
+            raise WeightsError(
+                f"the update has elements {start} to {stop} of {name} as {known.dtype}; this engine's checkpoint has "
+                f"{shape}"
+            )
+        return [held for held in self.held[name] if held.box.offset < stop and start < held.box.stop]
 
     def zeros(self) -> dict[Holders, int]:
         """A sum for each set of ranks that hold something alike."""

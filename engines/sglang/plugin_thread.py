@@ -110,6 +110,7 @@ class PluginThread:
             # this thread's work must not queue behind forward passes
             torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
         payload.prepare()
+        self._weights.prepare()
         self._hub = hub = ThreadHub()
         hub.connect(PUBLISHER, s.publisher_address, f"{s.engine}/{self._rank}@{s.incarnation}")
         publisher = PublisherConversation(

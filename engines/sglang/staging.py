@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from engines.sglang import settling
 from engines.sglang.load_map import Holders, LoadMap
 from engines.sglang.writes import Writes, joined, placed
 from engines.weights import fingerprint, parts
@@ -78,6 +79,10 @@ class LiveWeights:
         """Between staging and a commit that comes unforeseen, as on ranks that do not order it themselves."""
         self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
         """On a GPU: around the last commit's writes; the plugin's stream waits for them before it reads them."""
+
+    def prepare(self) -> None:
+        """Compile what staging needs, which takes seconds on a GPU: before anybody waits for it."""
+        settling.prepare(self._map.arenas)
 
     @property
     def device(self) -> torch.device:
@@ -153,7 +158,7 @@ class LiveWeights:
         self._check_base(line, self._begun_after)
         if part.part not in self._parts:
             self._wait_for_writes()
-            self._parts[part.part] = placed(parts.decoded(part, self._held(part)), self._map, line.anchor)
+            self._parts[part.part] = placed(parts.runs(part, self._held(part)), self._map, line.anchor)
         if len(self._parts) == line.parts:
             staged = self._whole(line)
             with self._lock:
@@ -163,7 +168,7 @@ class LiveWeights:
 
     def _held(self, part: UpdatePart) -> parts.Held | None:
         """Old bits for a code that needs them, read from live memory."""
-        small = part.names and payload.contents(part.payload).code is Code.SMALL
+        small = part.names and payload.code_of(part.payload) is Code.SMALL
         return self._live_bits if small else None
 
     def _live_bits(self, name: str, start: int, count: int) -> torch.Tensor:

@@ -1,19 +1,22 @@
 """What an update changes in live memory: found and hashed while the engine runs, written in a few launches.
 
 Elements of all tensors are handled together, by their place in the arena, so the number of kernels does not grow with
-the number of parameters.  The same torch code runs on every device.
+the number of parameters.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from engines.sglang.load_map import Held, Holders, LoadMap
-from engines.weights import fingerprint
-from engines.weights.codes import ulp
-from engines.weights.parts import Piece
+from engines.sglang.load_map import Holders, LoadMap
+from engines.sglang.settling import settled
+from engines.weights.codes import arrays, ulp
+from engines.weights.codes.changes import Run
+from engines.weights.codes.kernels import kernels
+from engines.weights.parts import Runs
 from stream_rl.errors import WeightsError
 
 SCATTERED = 1 << 16
@@ -72,137 +75,115 @@ def joined(parts: Sequence[Writes], load_map: LoadMap) -> Writes:
     return Writes(scatters, [copy for part in parts for copy in part.copies], gained, sum(p.covered for p in parts))
 
 
-def placed(pieces: Iterable[Piece], load_map: LoadMap, anchor: bool) -> Writes:
-    """Where the pieces go, and what they do to the fingerprints.
+def placed(found: Runs, load_map: LoadMap, anchor: bool) -> Writes:
+    """Where what a part has goes, and what it does to the fingerprints.
 
-    The live weights must not change until they are written.  Raises WeightsError for a piece that is not of this
-    engine's checkpoint, and for a sparse one in an anchor.
+    The live weights must not change until it is written.  Raises WeightsError for a piece that is not of this engine's
+    checkpoint, and for a sparse one in an anchor.
     """
-    building = _Building(load_map, anchor)
-    for piece in pieces:
-        building.add(piece)
-    return building.finished()
-
-
-@dataclass(slots=True)
-class _Segment:
-    """Changes of one piece that one box may hold."""
-
-    piece: Piece
-    held: Held
-    positions: torch.Tensor
-    """[n] within the piece."""
-    values: torch.Tensor
-    """[n] steps, or new bits."""
-    dense: bool
+    building = _Building(load_map, anchor, found)
+    for run in found.sparse:
+        building.add_sparse(run)
+    building.add_dense(found.dense)
+    return building.finished
 
 
 @dataclass(slots=True)
 class _Building:
     load_map: LoadMap
     anchor: bool
-    segments: dict[torch.dtype, list[_Segment]] = field(default_factory=dict)
-    """By the dtype of the bits."""
+    found: Runs
+    scatters: list[Scatter] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
     gained: dict[Holders, int] = field(default_factory=dict)
     covered: int = 0
 
-    def add(self, piece: Piece) -> None:
-        shape, change = self.load_map.shapes.get(piece.name), piece.change
-        if shape is None or shape.dtype != change.dtype or piece.stop > shape.elements:
-            raise WeightsError(
-                f"the update has elements {piece.start} to {piece.stop} of {piece.name} as {change.dtype}; this "
-                f"engine's checkpoint has {shape}"
-            )
-        if change.delta is None:
-            self._add_dense(piece)
-        elif self.anchor:
-            raise WeightsError(f"an anchor has all elements of {piece.name}, this one only some")
-        else:
-            for held in self.load_map.held[piece.name]:
-                self._add_some(piece, held, change.delta.indices, change.delta.steps, False)
-
-    def _add_dense(self, piece: Piece) -> None:
-        assert piece.change.new is not None
-        if piece.change.elements <= SCATTERED:
-            positions = torch.arange(piece.change.elements)
-            for held in self.load_map.held[piece.name]:
-                self._add_some(piece, held, positions, piece.change.new, True)
-            return
-        device = self.load_map.device
-        bits = piece.change.new.to(device)
-        arena = self.load_map.arena(piece.change.dtype)
-        seed = self.load_map.seeds[piece.name]
-        for box, holders in self.load_map.held[piece.name]:
-            for part in box.clipped(piece.start, piece.stop):
-                target, source = part.view(arena), part.pick(bits, piece.start)
-                self.copies.append(Copy(target, source))
-                if holders:
-                    self._gain(holders, part.sum(seed, source) - (0 if self.anchor else part.sum(seed, target)))
-                    self.covered += part.elements
-
-    def _add_some(self, piece: Piece, held: Held, positions: torch.Tensor, values: torch.Tensor, dense: bool) -> None:
-        """`positions` ascend."""
-        start, stop = held.box.offset - piece.start, held.box.stop - piece.start
-        if start > 0 or stop < piece.change.elements:
-            first, last = torch.searchsorted(positions, torch.tensor([start, stop])).tolist()
-            positions, values = positions[first:last], values[first:last]
-        if positions.numel():
-            bits = fingerprint.integers(piece.change.dtype)
-            self.segments.setdefault(bits, []).append(_Segment(piece, held, positions, values, dense))
-
+    @property
     def finished(self) -> Writes:
-        scatters = [
-            self._scatter(self.load_map.arena(dtype), [s for s in some if s.dense is dense], dense)
-            for dtype, some in self.segments.items()
-            for dense in (False, True)
-            if any(s.dense is dense for s in some)
-        ]
-        return Writes(scatters, self.copies, self.gained, self.covered)
+        return Writes(self.scatters, self.copies, self.gained, self.covered)
 
-    def _scatter(self, arena: torch.Tensor, segments: list[_Segment], dense: bool) -> Scatter:
-        device = self.load_map.device
-        positions = torch.cat([s.positions for s in segments]).to(torch.int32).to(device).to(torch.int64)
-        counts = torch.tensor([s.positions.numel() for s in segments]).to(device)
-        of = torch.repeat_interleave(counts, output_size=positions.numel())
-        values = torch.cat([s.values for s in segments]).to(device)
+    def add_sparse(self, run: Run) -> None:
+        if self.anchor:
+            name = self.found.names[run.tensors[0]]
+            raise WeightsError(f"an anchor has all elements of {name}, this one only some")
+        self._scatter(run, dense=False)
 
-        def each(column: list[int]) -> torch.Tensor:
-            return torch.tensor(column, dtype=torch.int64).to(device)[of]
+    def add_dense(self, dense: Mapping[int, torch.Tensor]) -> None:
+        """New bits by the number of their piece."""
+        few: dict[torch.dtype, list[int]] = {}
+        for number, bits in dense.items():
+            if bits.numel() <= SCATTERED:
+                few.setdefault(bits.dtype, []).append(number)
+            else:
+                self._copy(number, bits)
+        for numbers in few.values():
+            counts = np.array([dense[number].numel() for number in numbers], np.int64)
+            positions = np.concatenate([np.arange(count) for count in counts.tolist()])
+            values = torch.cat([dense[number] for number in numbers]).numpy()
+            self._scatter(Run(numbers, counts, positions, values), dense=True)
 
-        # places within the box, row by row
-        within = positions + each([s.piece.start - s.held.box.offset for s in segments])
-        if any(s.held.box.rows > 1 for s in segments):
-            row = within // each([s.held.box.stride or s.held.box.columns for s in segments])
-            column = within - row * each([s.held.box.stride for s in segments])
-            here = column < each([s.held.box.columns for s in segments])
-            within = column + row * each([s.held.box.live_stride for s in segments])
-            of, positions, values, within = of[here], positions[here], values[here], within[here]
-        places = within + each([s.held.box.live for s in segments])
-        old = arena[places]
-        new = values if dense else ulp.stepped(old, values)
+    def _copy(self, number: int, bits: torch.Tensor) -> None:
+        name, start, known = self.found.names[number], self.found.starts[number], self.found.tensors[number]
+        arena, seed = self.load_map.arena(known.dtype), self.load_map.seeds.get(name, 0)
+        bits, stop = bits.to(self.load_map.device), start + known.elements
+        for held in self.load_map.holding(name, start, known):
+            for part in held.box.clipped(start, stop):
+                target, source = part.view(arena), part.pick(bits, start)
+                self.copies.append(Copy(target, source))
+                if held.holders:
+                    gain = part.sum(seed, source) - (0 if self.anchor else part.sum(seed, target))
+                    self._gain(held.holders, gain, part.elements)
 
-        seeds = [fingerprint.moved(self.load_map.seeds[s.piece.name], s.piece.start) for s in segments]
-        linear = fingerprint.linear(each(seeds), positions)
-        gain = fingerprint.hashes(linear, new)
-        if not self.anchor:
-            gain -= fingerprint.hashes(linear, old)
-        self._gain_each(gain, of, [s.held.holders for s in segments])
-        return Scatter(arena, places, new)
-
-    def _gain_each(self, gain: torch.Tensor, of: torch.Tensor, holders: list[Holders]) -> None:
-        """`of`: [n] to which of the segments, held by `holders`, an element belongs."""
-        groups = sorted({some for some in holders if some})
-        if len(set(holders)) == 1 and groups:
-            self._gain(groups[0], int(gain.sum().item()))
-            self.covered += gain.numel()
+    def _scatter(self, run: Run, dense: bool) -> None:
+        """`run` has steps, or new bits if it is `dense`."""
+        spans: list[tuple[Holders, tuple[int, int], tuple[int, ...]]] = []
+        first, names, starts, tensors = 0, self.found.names, self.found.starts, self.found.tensors
+        for number, count in zip(run.tensors, run.counts.tolist(), strict=True):
+            for holders, box in self.load_map.segments(names[number], starts[number], tensors[number]):
+                spans.append((holders, (first, count), box))
+            first += count
+        if not spans:
             return
-        group = torch.tensor([groups.index(some) if some else -1 for some in holders], device=of.device)[of]
-        for number, some in enumerate(groups):
-            here = group == number
-            total, count = torch.stack([torch.where(here, gain, 0).sum(), here.sum()]).tolist()
-            self._gain(some, total)
-            self.covered += count
+        spans.sort(key=lambda span: span[0])
+        places, linear, values, counts = self._located(run, spans)
+        arena = self.load_map.arena(tensors[run.tensors[0]].dtype)
+        of_each: dict[Holders, int] = {}
+        for (holders, *_), count in zip(spans, counts, strict=True):
+            of_each[holders] = of_each.get(holders, 0) + count
+        some = list(of_each.values())
+        new, gains = settled(arena, places, linear, values, some, dense=dense, anchor=self.anchor)
+        for (holders, count), total in zip(of_each.items(), gains, strict=True):
+            if holders:
+                self._gain(holders, total, count)
+        self.scatters.append(Scatter(arena, places, new))
 
-    def _gain(self, holders: Holders, gain: int) -> None:
+    def _located(
+        self, run: Run, spans: Sequence[tuple[Holders, tuple[int, int], tuple[int, ...]]]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
+        """Places in the arena, hashes so far and values of all changes that this rank holds, on the device; how many of
+        each segment."""
+        device = self.load_map.device
+        room = sum(count for _, (_, count), _ in spans)
+        # page-locked memory, which torch keeps for the next time: a copy out of any other makes the driver wait with
+        # whatever else it is asked for, such as the scheduler's next step
+        places, linear, values = (
+            torch.empty(room, dtype=dtype, pin_memory=device.type == "cuda")
+            for dtype in (torch.int64, torch.int64, torch.from_numpy(run.steps).dtype)
+        )
+        locate = kernels().locate if values.dtype in ulp.INTEGERS else arrays.locate
+        counts = locate(
+            run.indices,
+            run.steps,
+            np.array([span for _, span, _ in spans], np.int64),
+            np.array([box for _, _, box in spans], np.int64),
+            places.numpy(),
+            linear.numpy(),
+            values.numpy(),
+        ).tolist()
+        here = slice(sum(counts))
+        places, linear, values = (each[here].to(device, non_blocking=True) for each in (places, linear, values))
+        return places, linear, values, counts
+
+    def _gain(self, holders: Holders, gain: int, elements: int) -> None:
         self.gained[holders] = (self.gained.get(holders, 0) + gain) % (1 << 64)
+        self.covered += elements

@@ -270,7 +270,7 @@ class Chain:
 
 
 def _is_fast(part: UpdatePart) -> bool:
-    return not part.names or payload.contents(part.payload).code is Code.FAST
+    return not part.names or payload.code_of(part.payload) is Code.FAST
 
 
 def differences(

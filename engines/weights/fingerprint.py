@@ -24,7 +24,7 @@ BLOCK = 1 << 20
 """Elements hashed at once where torch does it: bounds the scratch memory to some tens of megabytes."""
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_INDEX, _BITS, _MIX_1, _MIX_2 = (int(x.astype(np.int64)) for x in (HASH_INDEX, HASH_BITS, HASH_MIX_1, HASH_MIX_2))
+INDEX, BITS, MIX_1, MIX_2 = (int(x.astype(np.int64)) for x in (HASH_INDEX, HASH_BITS, HASH_MIX_1, HASH_MIX_2))
 
 
 def integers(dtype: torch.dtype) -> torch.dtype:
@@ -50,21 +50,21 @@ def seed_of(name: str) -> int:
 
 def linear(seed: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """What h makes of an element's tensor and position, before it sees the bits."""
-    return indices * _INDEX + seed
+    return indices * INDEX + seed
 
 
 def moved(seed: int, start: int) -> int:
     """The seed with which a position counted from `start` gives what it gives with `seed` when counted from 0."""
-    x = seed + start * _INDEX
+    x = seed + start * INDEX
     return (x + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def hashes(linear: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
     """h of each element: [n] int64, to be added mod 2^64."""
-    x = linear + bits.to(torch.int64) * _BITS
+    x = linear + bits.to(torch.int64) * BITS
     # torch's >> keeps the sign; the masks make it splitmix's logical shift
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MIX_1
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MIX_2
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * MIX_1
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * MIX_2
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 

@@ -129,6 +129,39 @@ def fast_decode_frames(
     )
 
 
+def locate(
+    positions: Int64Array,
+    values: Bits,
+    spans: Int64Array,
+    boxes: Int64Array,
+    places: Int64Array,
+    linear: Int64Array,
+    kept: Bits,
+) -> Int64Array:
+    """Where changes of slices of tensors go in live memory that holds boxes of them.
+
+    spans       [segments, 2]: the first and the number of the positions that are of one slice and may be in one box;
+                they ascend
+    boxes       [segments, 7]: position 0 of the slice as counted from the box; positions from the box's first element
+                to its last; its stride and columns; stride in live memory, place there; seed
+    places, linear, kept   written from the front: place, hash so far (fingerprint.linear) and value of what is there
+
+    Returns how many of each segment are there.
+    """
+    firsts, counts = spans.T
+    of = np.repeat(np.arange(counts.size), counts)
+    chosen = np.arange(of.size) + np.repeat(firsts - (np.cumsum(counts) - counts), counts)
+    position, (shift, extent, stride, columns, live_stride, live, seed) = positions[chosen], boxes.T[:, of]
+    row, column = np.divmod(position + shift, stride)
+    here = (row >= 0) & (position + shift < extent) & (column < columns)
+    count = int(here.sum())
+    places[:count] = (live + row * live_stride + column)[here]
+    linear[:count] = (position.view(np.uint64) * HASH_INDEX + seed.view(np.uint64)).view(np.int64)[here]
+    kept[:count] = values[chosen[here]]
+    found: Int64Array = np.bincount(of[here], minlength=counts.size).astype(np.int64)
+    return found
+
+
 def ranks(base: Bits, bounds: Int64Array, indices: Int64Array) -> tuple[ByteArray, Int64Array]:
     """Class of each position, and its number among the elements of that class.
 

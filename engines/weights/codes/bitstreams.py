@@ -14,6 +14,8 @@ from stream_rl.errors import WeightsError
 from stream_rl.types import ByteArray, Int64Array
 
 MAX_PARAMETER = 32
+NUMBER_BYTES = 9
+"""Of the longest whole number."""
 
 
 class Writer:
@@ -64,14 +66,27 @@ class Reader:
         """A copy, so that it is aligned and may be written."""
         return self.take(count * np.dtype(dtype).itemsize).copy().view(dtype)
 
+    def numbers(self, count: int) -> list[int]:
+        """So many of them, in one go: an engine's scheduler waits while this thread is in the interpreter."""
+        values, value, place, at = list[int](), 0, 0, 0
+        data = self._data[self._at : self._at + NUMBER_BYTES * count].tobytes()
+        while len(values) < count:
+            if place > 7 * (NUMBER_BYTES - 1):
+                raise WeightsError("a number has more than 63 bits")
+            if at == len(data):
+                raise WeightsError(f"{count} numbers were promised, {len(values)} are there")
+            value |= (data[at] & 127) << place
+            if data[at] < 128:
+                values.append(value)
+                value, place = 0, 0
+            else:
+                place += 7
+            at += 1
+        self._at += at
+        return values
+
     def number(self) -> int:
-        value = 0
-        for place in range(0, 63, 7):
-            byte = int(self.take(1)[0])
-            value |= (byte & 127) << place
-            if byte < 128:
-                return value
-        raise WeightsError("a number has more than 63 bits")
+        return self.numbers(1)[0]
 
     def bits(self, count: int) -> npt.NDArray[np.bool_]:
         packed = self.take(-(-count // 8))

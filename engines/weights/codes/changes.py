@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
+from engines.weights.codes.layout import Bits
 from engines.weights.codes.ulp import SparseDelta
-from stream_rl.types import ByteArray
+from stream_rl.types import ByteArray, Int64Array
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -48,8 +49,25 @@ class Change:
         return self.delta
 
 
-@dataclass(frozen=True, slots=True)
-class Known:
+class Run(NamedTuple):
+    """Sparse changes of several tensors of one width, tensor after tensor."""
+
+    tensors: list[int]
+    """Which of those that were encoded."""
+    counts: Int64Array
+    """Changes of each."""
+    indices: Int64Array
+    """Positions, each in its own tensor; ascending within one."""
+    steps: Bits
+
+    def deltas(self, elements: Iterable[int]) -> list[SparseDelta]:
+        """One for each tensor, given how many elements it has.  They share memory with this."""
+        counts = self.counts.tolist()
+        each = (torch.split(torch.from_numpy(of_all), counts) for of_all in (self.indices, self.steps))
+        return [SparseDelta(*delta) for delta in zip(elements, *each, strict=True)]
+
+
+class Known(NamedTuple):
     """What a receiver knows of a tensor."""
 
     dtype: torch.dtype

@@ -17,7 +17,7 @@ import torch
 
 from engines.weights.codes.bitstreams import Reader
 from engines.weights.codes.kernels import kernels
-from engines.weights.codes.layout import BLOCK, MOST_SKIPS, Table
+from engines.weights.codes.layout import BLOCK, MOST_SKIPS, Bits, Table
 from engines.weights.codes.ulp import SparseDelta
 from stream_rl.errors import WeightsError
 from stream_rl.types import ByteArray, Int64Array
@@ -44,19 +44,16 @@ def decode(code: ByteArray, dtype: torch.dtype, elements: int, blocks: range | N
     return SparseDelta(elements, torch.from_numpy(indices), torch.from_numpy(steps))
 
 
-def decode_frames(data: ByteArray, ends: Int64Array, elements: Int64Array, dtype: torch.dtype) -> list[SparseDelta]:
-    """What several frames hold that lie one after the other, for tensors of so many elements each.
+def decode_frames(
+    data: ByteArray, ends: Int64Array, elements: Int64Array, width: int
+) -> tuple[Int64Array, Int64Array, Bits]:
+    """What several frames hold that lie one after the other, for tensors of so many elements each: changes of each
+    tensor; their positions and steps.  `width`: bytes of a step.
 
     All of them at once, and without the interpreter: in an engine the scheduler's thread needs that for its own work.
     """
-    width = np.dtype(np.int16 if dtype.itemsize == 2 else np.int32)
     starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])[: ends.size]
-    counts, indices, steps = kernels().fast_decode_frames(data, starts, ends, elements, width)
-    sizes = counts.tolist()
-    of_each = zip(
-        torch.split(torch.from_numpy(indices), sizes), torch.split(torch.from_numpy(steps), sizes), strict=True
-    )
-    return [SparseDelta(size, *both) for size, both in zip(elements.tolist(), of_each, strict=True)]
+    return kernels().fast_decode_frames(data, starts, ends, elements, np.dtype(f"i{width}"))
 
 
 def streams(

@@ -49,6 +49,17 @@ class Kernels(Protocol):
         self, data: ByteArray, starts: Int64Array, ends: Int64Array, elements: Int64Array, dtype: np.dtype[Any]
     ) -> tuple[Int64Array, Int64Array, Bits]: ...
 
+    def locate(
+        self,
+        positions: Int64Array,
+        values: Bits,
+        spans: Int64Array,
+        boxes: Int64Array,
+        places: Int64Array,
+        linear: Int64Array,
+        kept: Bits,
+    ) -> Int64Array: ...
+
     def ranks(self, base: Bits, bounds: Int64Array, indices: Int64Array) -> tuple[ByteArray, Int64Array]: ...
 
     def select(

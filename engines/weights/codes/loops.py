@@ -137,6 +137,48 @@ def merge(first: Int64Array, first_steps: Bits, second: Int64Array, second_steps
     return indices[:count], steps[:count]
 
 
+@compiled("int64[::1], W[::1], int64[:, ::1], int64[:, ::1], int64[::1], int64[::1], W[::1], int64[::1]")
+def _locate(
+    positions: Any, values: Any, spans: Any, boxes: Any, places: Any, linear: Any, kept: Any, found: Any
+) -> Any:
+    at = 0
+    for segment in range(spans.shape[0]):
+        first, count = spans[segment]
+        shift, extent, stride, columns, live_stride, live, seed = boxes[segment]
+        if first < 0 or count < 0 or stride < 1 or first + count > positions.size or at + count > places.size:
+            return False
+        begin = at
+        row = 0  # where the current one begins, as counted from the box
+        for k in range(first, first + count):
+            within = positions[k] + shift
+            if within - row >= stride:
+                rows = (within - row) // stride
+                row, live = row + rows * stride, live + rows * live_stride
+            places[at] = live + within - row
+            linear[at] = np.int64(np.uint64(positions[k]) * HASH_INDEX + np.uint64(seed))
+            kept[at] = values[k]
+            at += 0 <= within < extent and within - row < columns
+        found[segment] = at - begin
+    return True
+
+
+def locate(
+    positions: Int64Array,
+    values: Bits,
+    spans: Int64Array,
+    boxes: Int64Array,
+    places: Int64Array,
+    linear: Int64Array,
+    kept: Bits,
+) -> Int64Array:
+    assert positions.size == values.size and places.size == linear.size == kept.size
+    assert spans.shape == (len(boxes), 2) and boxes.shape[1] == 7
+    found = np.empty(len(boxes), np.int64)
+    if not _locate(positions, values, spans, boxes, places, linear, kept, found):
+        raise WeightsError("the segments have other positions than are here")
+    return found
+
+
 # -- classes ----------------------------------------------------------------------------------------------------------
 
 

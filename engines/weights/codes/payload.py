@@ -21,7 +21,7 @@ import torch
 
 from engines.weights.codes import chunks, fast, small
 from engines.weights.codes.bitstreams import Reader, Writer
-from engines.weights.codes.changes import MANTISSA, Change, Each, Frame, Known
+from engines.weights.codes.changes import MANTISSA, Change, Each, Frame, Known, Run
 from engines.weights.codes.ulp import SparseDelta, apply_, compose, diff
 from engines.weights.fingerprint import bits_from_bytes
 from stream_rl.errors import WeightsError
@@ -38,6 +38,9 @@ class Code(IntEnum):
 class Form(IntEnum):
     DENSE = 0
     SPARSE = 1
+
+
+_FORMS = list(Form)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,20 +70,29 @@ def encode(changes: Sequence[Change], code: Code, each: Each = map) -> ByteArray
 def contents(payload: ByteArray) -> Contents:
     """Raises WeightsError for anything that is no payload."""
     reader = Reader(payload)
-    if (version := reader.number()) != FORMAT:
-        raise WeightsError(f"the payload has format {version}, this end knows {FORMAT}")
-    if (code := reader.number()) not in list(Code):
-        raise WeightsError(f"the payload has code {code}, this end knows {[int(known) for known in Code]}")
+    code = _code(reader)
     num_tensors, num_frames = reader.number(), reader.number()
     if num_tensors + num_frames > payload.size:
         raise WeightsError(f"{payload.size} bytes cannot be {num_tensors} tensors in {num_frames} frames")
     forms = reader.array(num_tensors, "u1")
     if forms.max(initial=0) > max(Form):
         raise WeightsError(f"a tensor has form {forms.max()}, this end knows {[int(known) for known in Form]}")
-    sizes = [reader.number() for _ in range(num_frames)]
-    frames = [reader.take(size) for size in sizes]
+    frames = [reader.take(size) for size in reader.numbers(num_frames)]
     reader.end()
-    return Contents(Code(code), [Form(form) for form in forms.tolist()], frames)
+    return Contents(code, [_FORMS[form] for form in forms.tolist()], frames)
+
+
+def code_of(payload: ByteArray) -> Code:
+    """Raises WeightsError for anything that does not begin as a payload."""
+    return _code(Reader(payload))
+
+
+def _code(reader: Reader) -> Code:
+    if (version := reader.number()) != FORMAT:
+        raise WeightsError(f"the payload has format {version}, this end knows {FORMAT}")
+    if (code := reader.number()) not in list(Code):
+        raise WeightsError(f"the payload has code {code}, this end knows {[int(known) for known in Code]}")
+    return Code(code)
 
 
 def decode(payload: ByteArray, tensors: Sequence[Known], each: Each = map) -> list[SparseDelta | torch.Tensor]:
@@ -88,27 +100,33 @@ def decode(payload: ByteArray, tensors: Sequence[Known], each: Each = map) -> li
 
     Raises WeightsError for bytes that `encode` cannot have made of such tensors, or made from other old bits.
     """
+    runs, dense = decode_runs(payload, tensors, each)
+    found: dict[int, SparseDelta | torch.Tensor] = dict(dense)
+    for run in runs:
+        found.update(zip(run.tensors, run.deltas(tensors[i].elements for i in run.tensors), strict=True))
+    return [found[i] for i in range(len(tensors))]
+
+
+def decode_runs(
+    payload: ByteArray, tensors: Sequence[Known], each: Each = map
+) -> tuple[list[Run], dict[int, torch.Tensor]]:
+    """The same with as few objects as can be: the differences, a run for all neighbours of one width, and the new bits
+    of dense tensors by their number."""
     found = contents(payload)
     if len(found.forms) != len(tensors):
         raise WeightsError(f"the payload has {len(found.forms)} tensors, expected {len(tensors)}")
-    sparse = [tensor for tensor, form in zip(tensors, found.forms, strict=True) if form is Form.SPARSE]
-    for tensor in sparse:
-        if tensor.dtype not in MANTISSA:
-            raise WeightsError(f"{tensor.dtype} has no sparse form")
-    num_sparse = len(sparse) if found.code is Code.FAST else chunks.num_frames(sparse)
-    if len(found.frames) != num_sparse + len(tensors) - len(sparse):
-        raise WeightsError(
-            f"expected {num_sparse} sparse and {len(tensors) - len(sparse)} dense frames, got {len(found.frames)}"
-        )
-    if found.code is Code.FAST:
-        deltas = iter(_fast_deltas(found.frames[:num_sparse], sparse))
-    else:
-        deltas = iter(chunks.decode(found.frames[:num_sparse], sparse, each))
-    dense = iter(found.frames[num_sparse:])
-    return [
-        next(deltas) if form is Form.SPARSE else _dense_bits(next(dense), tensor)
-        for tensor, form in zip(tensors, found.forms, strict=True)
-    ]
+    sparse = [i for i, form in enumerate(found.forms) if form is Form.SPARSE]
+    dense = [i for i, form in enumerate(found.forms) if form is Form.DENSE]
+    if unknown := {tensors[i].dtype for i in sparse} - MANTISSA.keys():
+        raise WeightsError(f"{unknown.pop()} has no sparse form")
+    of_small = [tensors[i] for i in sparse] if found.code is Code.SMALL else []
+    num_sparse = chunks.num_frames(of_small) if of_small else len(sparse)
+    if len(found.frames) != num_sparse + len(dense):
+        raise WeightsError(f"expected {num_sparse} sparse and {len(dense)} dense frames, got {len(found.frames)}")
+    bits = {i: _dense_bits(frame, tensors[i]) for i, frame in zip(dense, found.frames[num_sparse:], strict=True)}
+    if of_small:
+        return _small_runs(sparse, chunks.decode(found.frames[:num_sparse], of_small, each)), bits
+    return _fast_runs(found.frames[:num_sparse], sparse, tensors), bits
 
 
 def prepare() -> None:
@@ -160,16 +178,26 @@ def _size(frames: list[Frame]) -> int:
     return sum(piece.size for frame in frames for piece in frame)
 
 
-def _fast_deltas(frames: list[ByteArray], tensors: Sequence[Known]) -> list[SparseDelta]:
+def _fast_runs(frames: list[ByteArray], numbers: list[int], tensors: Sequence[Known]) -> list[Run]:
     """Frames of one width that follow each other are read at once: mostly all of them."""
-    deltas: list[SparseDelta] = []
-    for width, run in itertools.groupby(zip(frames, tensors, strict=True), lambda pair: pair[1].dtype.itemsize):
-        some, of = zip(*run, strict=True)
-        ends = np.cumsum([frame.size for frame in some], dtype=np.int64)
-        elements = np.array([tensor.elements for tensor in of], np.int64)
-        dtype = torch.int16 if width == 2 else torch.int32
-        deltas += fast.decode_frames(_joined(some), ends, elements, dtype)
-    return deltas
+    runs = []
+    for width, of in itertools.groupby(range(len(numbers)), lambda at: tensors[numbers[at]].dtype.itemsize):
+        some = list(of)
+        here, chosen = frames[some[0] : some[-1] + 1], numbers[some[0] : some[-1] + 1]
+        ends = np.cumsum([frame.size for frame in here], dtype=np.int64)
+        elements = np.array([tensors[i].elements for i in chosen], np.int64)
+        runs.append(Run(chosen, *fast.decode_frames(_joined(here), ends, elements, width)))
+    return runs
+
+
+def _small_runs(numbers: list[int], deltas: list[SparseDelta]) -> list[Run]:
+    runs = []
+    for _, of in itertools.groupby(zip(numbers, deltas, strict=True), lambda pair: pair[1].steps.dtype):
+        some, found = zip(*of, strict=True)
+        counts = np.array([delta.changed for delta in found], np.int64)
+        indices, steps = (torch.cat([getattr(delta, name) for delta in found]) for name in ("indices", "steps"))
+        runs.append(Run(list(some), counts, indices.numpy(), steps.numpy()))
+    return runs
 
 
 def _joined(frames: Sequence[ByteArray]) -> ByteArray:
