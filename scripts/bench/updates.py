@@ -183,10 +183,13 @@ class _Run:
     # -- phases ------------------------------------------------------------------------------------------------
 
     async def _warm_up(self, followed: Followed) -> None:
-        enough = self._plan.requests * min(self._plan.tokens // 4, 64)
-        await followed.until(lambda: followed.tokens.count >= enough, "every request to be under way")
+        plan = self._plan
+        early, steady = plan.requests * min(plan.tokens // 4, 64), plan.requests * plan.tokens // 2
+        await followed.until(lambda: followed.tokens.count >= early, "every request to be under way")
         for share in (FEW, MANY) * WARM_UP:
             await followed.publish(share)
+        # contexts grow until requests end as often as they begin; until then a window is faster than the next
+        await followed.until(lambda: followed.tokens.count >= steady, "requests of all lengths to be under way")
         await followed.settled()
 
     async def _windows(self, followed: Followed) -> None:

@@ -47,20 +47,23 @@ run_engine() {  # [SECONDS]: one GPU; plain SGLang, SSE, plugin, live updates
 
 run_updates() {  # [RANKS]: live updates at work, on one GPU or on RANKS
   local name=updates_tp${1:-1}_h200
-  timeout -s INT "$(left)" $CLI bench updates --tp ${1:-1} --commits 360 --many-commits 40 --tokens 2048 --window-seconds 4 --pairs 24 \
+  timeout -s INT "$(left)" $CLI bench updates --tp ${1:-1} --commits 340 --many-commits 32 --tokens 2048 --window-seconds 4 --pairs ${PAIRS:-16} \
     --seconds $(( $(left) - 30 )) --json $OUT/$name.json > /tmp/$name.out 2> >(tee $OUT/$name.err >&2)
   say "$name: status $?"
   show $OUT/$name.json device commits met errors problems throughput_ratio decode_step_ms few.stall_ms many.stall_ms tokens_per_second.without seconds
 }
 
-run_learner() {  # one GPU: the learner by itself, its gap to SGLang, fused kernels and checkpoints
+run_learner() {  # one GPU: the learner by itself, fused kernels and checkpoints
   timeout -s INT 200 $CLI bench learner --size 0.6b --tokens 32768 --micro-batch-tokens 32768 --pairs 8 \
     --json $OUT/learner_h200.json > /tmp/learner.out 2>&1
   say "learner: status $?"; grep -v '": "' /tmp/learner.out | tail -40 | cut -c1-300
-  timeout -s INT 230 $CLI bench learner-gap --json $OUT/learner_gap_h200.json > /tmp/learner_gap.out 2>&1
-  say "gap: status $?"; grep -v '": "' /tmp/learner_gap.out | tail -40 | cut -c1-300
   timeout -s INT "$(left)" $TEST tests/test_megatron_flash.py tests/test_megatron_logprobs_kernels.py tests/test_megatron_checkpoint_gpu.py > $OUT/kernels.log 2>&1
   say "kernels and checkpoints: status $?"; tail -4 $OUT/kernels.log
+}
+
+run_gap() {  # one GPU: log-probs of the learner less those of SGLang
+  timeout -s INT "$(left)" $CLI bench learner-gap --size 0.6b --json $OUT/learner_gap_h200.json > /tmp/learner_gap.out 2>&1
+  say "gap: status $?"; grep -v '": "' /tmp/learner_gap.out | tail -40 | cut -c1-300
 }
 
 run_nccl() {  # two GPUs: the learner in two processes against one
@@ -73,10 +76,10 @@ run_endpoint() {  # [PAIRS]: one GPU; sessions through the endpoint, and the sam
   say "endpoint: status $?"; show $OUT/endpoint_h200.json cpu_ms_per_request cpu_us_per_token tokens_per_second rate_ratio met
 }
 
-run_together() {  # GPUS:RUN[:ARGUMENT]...: side by side, each on its GPUs: a minute of two GPUs costs what one of one does
+run_together() {  # "GPUS:RUN[:ARGUMENT] ..."...: side by side, on each the runs one after the other; a minute of two GPUs counts as one
   for each; do
-    IFS=: read -r gpus name argument <<< "$each"
-    (CUDA_VISIBLE_DEVICES=$gpus "run_$name" $argument) &
+    (export CUDA_VISIBLE_DEVICES=${each%%:*}
+     for one in ${each#*:}; do IFS=: read -r name argument <<< "$one"; "run_$name" $argument; done) &
   done; wait
 }
 
