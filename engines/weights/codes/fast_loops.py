@@ -9,55 +9,64 @@ import numpy as np
 
 from engines.weights.codes.compiling import ascended, compiled
 from engines.weights.codes.layout import BLOCK, ESCAPE, LARGEST, MOST_SKIPS, SKIP, Bits, Table
+from engines.weights.codes.words import GROUP, lowest, pack_nibbles
 from stream_rl.errors import WeightsError
 from stream_rl.types import ByteArray, Int64Array
 
+NO_NIBBLE = LARGEST + 1
+"""A step that is packed as 0, as the half of a byte is that belongs to no change."""
 
-@compiled("int64[::1], W[::1], int64, uint16[:, ::1], uint8[::1], uint8[::1], W[::1]")
+
+@compiled("uint64[::1], W[::1], uint64, uint16[:, ::1], uint8[::1], uint8[::1], W[::1]")
 def _fast_encode(
-    indices: Any, steps: Any, elements: int, table: Any, gaps: Any, nibbles: Any, escapes: Any
-) -> tuple[int, int, int]:
-    """Lengths of gaps, nibbles and escapes; the first is -1 if the positions do not ascend."""
-    first = num_gaps = num_nibbles = num_escapes = 0
-    for block in range(table.shape[0]):
-        previous = block * BLOCK - 1
-        end = min(previous + 1 + BLOCK, elements)
-        k, gaps_before, escapes_before = first, num_gaps, num_escapes
-        while k < indices.size and indices[k] < end:
-            gap = indices[k] - previous - 1
-            if gap < 0:
+    indices: Any, steps: Any, elements: Any, table: Any, gaps: Any, nibbles: Any, escapes: Any
+) -> tuple[Any, Any, Any]:
+    """Lengths of gaps, nibbles and escapes; the first is -1 if the positions do not ascend.
+
+    Unsigned, as in `_diff`.  `nibbles` has room for GROUP more than there are: so many are written at once.
+    """
+    none, one, group, skip = np.uint64(0), np.uint64(1), np.uint64(GROUP), np.uint64(SKIP)
+    k, num_gaps, num_nibbles, num_escapes = none, none, none, none
+    size, padded = np.uint64(indices.size), np.empty(GROUP, steps.dtype)
+    for block in range(np.uint64(table.shape[0])):
+        following = block * np.uint64(BLOCK)
+        end = min(following + np.uint64(BLOCK), elements)
+        first, gaps_before, escapes_before = k, num_gaps, num_escapes
+        while k < size and indices[k] < end:
+            if indices[k] < following:
                 return -1, 0, 0
-            while gap >= SKIP:
-                gaps[num_gaps] = SKIP
-                num_gaps += 1
-                gap -= SKIP
+            # one skip or none, whichever: at 1 % changed one gap of 13 has one, and would be mispredicted
+            gap = indices[k] - following
+            skipped = gap >= skip
+            gaps[num_gaps] = skip
+            num_gaps += np.uint64(skipped)
+            gap -= skip if skipped else none
+            while gap >= skip:
+                gaps[num_gaps] = skip
+                num_gaps += one
+                gap -= skip
             gaps[num_gaps] = gap
-            num_gaps += 1
-            previous = indices[k]
-            k += 1
-        here, packed = steps[first:k], nibbles[num_nibbles : num_nibbles + ((k - first + 1) >> 1)]
-        large = 0
-        for i in range(here.size >> 1):
-            low, high = here[2 * i] + (LARGEST + 1), here[2 * i + 1] + (LARGEST + 1)
-            low_fits, high_fits = (low > ESCAPE) & (low < 16), (high > ESCAPE) & (high < 16)
-            large |= (not low_fits) | (not high_fits)
-            packed[i] = (low if low_fits else ESCAPE) | (high if high_fits else ESCAPE) << 4
-        if here.size & 1:
-            low = here[here.size - 1] + (LARGEST + 1)
-            low_fits = (low > ESCAPE) & (low < 16)
-            large |= not low_fits
-            packed[packed.size - 1] = low if low_fits else ESCAPE
-        num_nibbles += packed.size
-        if large:
-            for i in range(here.size):
-                if here[i] > LARGEST or here[i] < -LARGEST:
-                    escapes[num_escapes] = here[i]
-                    num_escapes += 1
+            num_gaps += one
+            following = indices[k] + one
+            k += one
+        for i in range(first, k, group):
+            here = min(k - i, group)
+            if here == group:
+                large = pack_nibbles(steps, i, nibbles, num_nibbles)
+            else:
+                padded[:] = NO_NIBBLE
+                for j in range(here):
+                    padded[j] = steps[i + j]
+                large = pack_nibbles(padded, none, nibbles, num_nibbles) & ((one << here) - one)
+            num_nibbles += (here + one) >> one
+            while large != 0:
+                escapes[num_escapes] = steps[i + lowest(large)]
+                num_escapes += one
+                large &= large - one
         table[block, 0] = k - first
         table[block, 1] = num_gaps - gaps_before - (k - first)
         table[block, 2] = num_escapes - escapes_before
-        first = k
-    return (num_gaps if first == indices.size else -1), num_nibbles, num_escapes
+    return (np.int64(num_gaps) if k == size else -1), np.int64(num_nibbles), np.int64(num_escapes)
 
 
 def fast_encode(indices: Int64Array, steps: Bits, elements: int) -> tuple[Table, ByteArray, ByteArray, Bits]:
@@ -65,9 +74,9 @@ def fast_encode(indices: Int64Array, steps: Bits, elements: int) -> tuple[Table,
     blocks = -(-elements // BLOCK)
     table = np.empty((blocks, 3), np.uint16)
     gaps = np.empty(indices.size + blocks * MOST_SKIPS, np.uint8)
-    nibbles = np.empty((indices.size + blocks) // 2 + 1, np.uint8)
+    nibbles = np.empty((indices.size + blocks + GROUP) // 2 + 1, np.uint8)
     escapes = np.empty(indices.size, steps.dtype)
-    sizes = _fast_encode(indices, steps, elements, table, gaps, nibbles, escapes)
+    sizes = _fast_encode(indices.view(np.uint64), steps, elements, table, gaps, nibbles, escapes)
     ascended(sizes[0] >= 0, elements)
     return table, gaps[: sizes[0]], nibbles[: sizes[1]], escapes[: sizes[2]]
 

@@ -28,49 +28,53 @@ from stream_rl.types import ByteArray, Int64Array
 
 AHEAD = 16
 """Changes between asking for an element and changing it: without it each waits for memory in its turn."""
-STRIP = 4096
+STRIP = 2048
 """Elements compared before those that differ are followed up: both versions are in the first-level cache then."""
 
 
 # -- differences ------------------------------------------------------------------------------------------------------
 
 
-@compiled("W[::1], W[::1], int64, int64[::1], W[::1]")
-def _diff(old: Any, new: Any, start: int, indices: Any, steps: Any) -> tuple[int, int]:
-    """How many differences were found, and the element after the last that was looked at: stops for want of room."""
-    low = (1 << (8 * old.itemsize - 1)) - 1
-    words, places = np.empty(STRIP // GROUP, np.uint64), np.empty(STRIP // GROUP, np.int64)
-    count = 0
-    while start + STRIP <= old.size and count + STRIP <= indices.size:
-        num_words = 0
-        for place in range(start, start + STRIP, GROUP):
-            words[num_words] = differing(old, new, place)
-            places[num_words] = place
-            num_words += words[num_words] != 0
+@compiled("W[::1], W[::1], uint64, uint64[::1], W[::1]")
+def _diff(old: Any, new: Any, start: Any, indices: Any, steps: Any) -> tuple[Any, Any]:
+    """How many differences were found, and the element after the last that was looked at: stops for want of room.
+
+    All that counts is unsigned: of a signed number numba asks at every use whether it is to be taken from the end.
+    """
+    low, one = (1 << (8 * old.itemsize - 1)) - 1, np.uint64(1)
+    strip, group, size, room = np.uint64(STRIP), np.uint64(GROUP), np.uint64(old.size), np.uint64(indices.size)
+    words, places = np.empty(STRIP // GROUP, np.uint64), np.empty(STRIP // GROUP, np.uint64)
+    count = np.uint64(0)
+    while start + strip <= size and count + strip <= room:
+        num_words = np.uint64(0)
+        for place in range(start, start + strip, group):
+            word = differing(old, new, place)  # asked for by name below: what was just stored takes long to read back
+            words[num_words], places[num_words] = word, place
+            num_words += np.uint64(word != 0)
         first = count
         for i in range(num_words):
             # one bit or two, whichever: a loop over so few would be mispredicted at every third word
             word, place = words[i], places[i]
-            rest = word & (word - np.uint64(1))
+            rest = word & (word - one)
             indices[count] = place + lowest(word)
-            indices[count + 1] = place + lowest(rest if rest != 0 else word)
-            count += 1 + (rest != 0)
-            rest &= rest - np.uint64(1)
+            indices[count + one] = place + lowest(rest if rest != 0 else word)
+            count += one + np.uint64(rest != 0)
+            rest &= rest - one
             while rest != 0:
                 indices[count] = place + lowest(rest)
-                rest &= rest - np.uint64(1)
-                count += 1
+                rest &= rest - one
+                count += one
         for k in range(first, count):
             before, after = np.int64(old[indices[k]]), np.int64(new[indices[k]])
             steps[k] = (after ^ ((after >> 63) & low)) - (before ^ ((before >> 63) & low))
-        start += STRIP
-    if old.size - start < STRIP and count + old.size - start <= indices.size:
-        for j in range(start, old.size):
+        start += strip
+    if size - start < strip and count + size - start <= room:
+        for j in range(start, size):
             before, after = np.int64(old[j]), np.int64(new[j])
             steps[count] = (after ^ ((after >> 63) & low)) - (before ^ ((before >> 63) & low))
             indices[count] = j
-            count += before != after
-        start = old.size
+            count += np.uint64(before != after)
+        start = size
     return count, start
 
 
@@ -79,7 +83,7 @@ def diff(old: Bits, new: Bits) -> tuple[Int64Array, Bits]:
     pieces, start, room = [], 0, max(2 * STRIP, old.size // 64)
     while start < old.size:
         indices, steps = np.empty(room, np.int64), np.empty(room, old.dtype)
-        count, start = _diff(old, new, start, indices, steps)
+        count, start = _diff(old, new, start, indices.view(np.uint64), steps)
         pieces.append((indices[:count], steps[:count]))
         room = max(2 * STRIP, count * (old.size - start) // start * 5 // 4)
     if len(pieces) == 1:

@@ -10,6 +10,8 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from engines.weights.codes.layout import ESCAPE, LARGEST
+
 GROUP = 64
 
 
@@ -32,6 +34,18 @@ def _filled(builder: Any, value: Any, width: int) -> Any:
     )
 
 
+def _each(vector: Any, value: int) -> Any:
+    """`value` as each element of a vector of this type."""
+    return ir.Constant(vector, [value] * vector.count)
+
+
+def _every_other(builder: Any, vector: Any, first: int) -> Any:
+    """Elements `first`, `first` + 2, ..."""
+    wanted = list(range(first, GROUP, 2))
+    order = ir.Constant(ir.VectorType(ir.IntType(32), len(wanted)), wanted)
+    return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), order)
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def differing(typing: Any, a: Any, b: Any, start: Any) -> Any:
     """Bit i: a[start + i] != b[start + i]."""
@@ -40,7 +54,7 @@ def differing(typing: Any, a: Any, b: Any, start: Any) -> Any:
         left, right = (_vector(context, builder, a, array, arguments[2]) for array in arguments[:2])
         return builder.bitcast(builder.icmp_unsigned("!=", left, right), ir.IntType(64))
 
-    return numba.uint64(a, b, numba.int64), generate
+    return numba.uint64(a, b, start), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -58,13 +72,38 @@ def reaching(typing: Any, a: Any, start: Any, bound: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def lowest(typing: Any, word: Any) -> Any:
-    """Number of the lowest bit that is set in a word that is not 0."""
+def pack_nibbles(typing: Any, steps: Any, start: Any, nibbles: Any, place: Any) -> Any:
+    """Write 64 steps from `start` as the 32 bytes from nibbles[place].  Bit i: steps[start + i] is an escape."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+        array, first, target, byte = arguments
+        values = _vector(context, builder, steps, array, first)
+        fits = builder.icmp_unsigned(
+            "<", builder.add(values, _each(values.type, LARGEST)), _each(values.type, 2 * LARGEST + 1)
+        )
+        moved = builder.add(values, _each(values.type, LARGEST + 1))
+        codes = builder.select(fits, moved, _each(values.type, ESCAPE))
+        codes = builder.trunc(codes, ir.VectorType(ir.IntType(8), GROUP))
+        low, high = (_every_other(builder, codes, odd) for odd in (0, 1))
+        packed = builder.or_(low, builder.shl(high, _each(high.type, 4)))
+        address = builder.gep(context.make_array(nibbles)(context, builder, target).data, [byte])
+        builder.store(packed, builder.bitcast(address, packed.type.as_pointer()), align=1)
+        return builder.bitcast(builder.not_(fits), ir.IntType(64))
 
-    return numba.int64(numba.uint64), generate
+    return numba.uint64(steps, start, nibbles, place), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def lowest(typing: Any, word: Any) -> Any:
+    """Number of the lowest bit that is set in a word that is not 0.
+
+    A short number: numba adds it to signed and to unsigned ones without making floats of them.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.trunc(builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1)), ir.IntType(8))
+
+    return numba.uint8(numba.uint64), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
