@@ -88,6 +88,15 @@ def placed(found: Runs, load_map: LoadMap, anchor: bool) -> Writes:
     return building.finished
 
 
+class _Part(NamedTuple):
+    """Changes of a slice of a tensor that may go into one box."""
+
+    holders: Holders
+    box: tuple[int, ...]
+    span: tuple[int, int]
+    """The first of them and their number; see `locate`."""
+
+
 @dataclass(slots=True)
 class _Building:
     load_map: LoadMap
@@ -136,34 +145,32 @@ class _Building:
 
     def _scatter(self, run: Run, dense: bool) -> None:
         """`run` has steps, or new bits if it is `dense`."""
-        spans: list[tuple[Holders, tuple[int, int], tuple[int, ...]]] = []
+        parts: list[_Part] = []
         first, names, starts, tensors = 0, self.found.names, self.found.starts, self.found.tensors
         for number, count in zip(run.tensors, run.counts.tolist(), strict=True):
-            for holders, box in self.load_map.segments(names[number], starts[number], tensors[number]):
-                spans.append((holders, (first, count), box))
+            for segment in self.load_map.segments(names[number], starts[number], tensors[number]):
+                parts.append(_Part(segment.holders, segment.box, (first, count)))
             first += count
-        if not spans:
+        if not parts:
             return
-        spans.sort(key=lambda span: span[0])
-        places, linear, values, counts = self._located(run, spans)
-        arena = self.load_map.arena(tensors[run.tensors[0]].dtype)
+        parts.sort(key=lambda part: part.holders)
+        places, linear, values, counts = self._located(run, parts)
         of_each: dict[Holders, int] = {}
-        for (holders, *_), count in zip(spans, counts, strict=True):
-            of_each[holders] = of_each.get(holders, 0) + count
-        some = list(of_each.values())
-        new, gains = settled(arena, places, linear, values, some, dense=dense, anchor=self.anchor)
-        for (holders, count), total in zip(of_each.items(), gains, strict=True):
+        for part, count in zip(parts, counts, strict=True):
+            of_each[part.holders] = of_each.get(part.holders, 0) + count
+        arena, sizes = self.load_map.arena(tensors[run.tensors[0]].dtype), list(of_each.values())
+        new, gains = settled(arena, places, linear, values, sizes, dense=dense, anchor=self.anchor)
+        for (holders, count), gain in zip(of_each.items(), gains, strict=True):
             if holders:
-                self._gain(holders, total, count)
+                self._gain(holders, gain, count)
         self.scatters.append(Scatter(arena, places, new))
 
     def _located(
-        self, run: Run, spans: Sequence[tuple[Holders, tuple[int, int], tuple[int, ...]]]
+        self, run: Run, parts: Sequence["_Part"]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
         """Places in the arena, hashes so far and values of all changes that this rank holds, on the device; how many of
-        each segment."""
-        device = self.load_map.device
-        room = sum(count for _, (_, count), _ in spans)
+        each part."""
+        device, room = self.load_map.device, sum(part.span[1] for part in parts)
         # page-locked memory, which torch keeps for the next time: a copy out of any other makes the driver wait with
         # whatever else it is asked for, such as the scheduler's next step
         places, linear, values = (
@@ -174,8 +181,8 @@ class _Building:
         counts = locate(
             run.indices,
             run.steps,
-            np.array([span for _, span, _ in spans], np.int64),
-            np.array([box for _, _, box in spans], np.int64),
+            np.array([part.span for part in parts], np.int64),
+            np.array([part.box for part in parts], np.int64),
             places.numpy(),
             linear.numpy(),
             values.numpy(),
