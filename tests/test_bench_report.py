@@ -66,6 +66,19 @@ def test_headlines_say_what_was_measured_and_leave_out_the_rest(folder: pathlib.
     assert not any("colocated" in what for what in rows)
 
 
+def test_headlines_of_single_parts_say_of_what_and_how_sure() -> None:
+    ratio = {"mean": 0.99, "low": 0.96, "high": 1.02}
+    results = {
+        "a": {"bench": "updates", "tp": 2, "throughput_ratio": ratio, "few": {"stall_ms": {"p99": None}}},
+        "b": {"bench": "endpoint", "rate_ratio": ratio, "device": "GPU"},
+        "c": {"bench": "updates", "tp": 1, "throughput_ratio": None},
+    }
+    assert headlines(results) == [
+        ("engine throughput with two versions a second, tp 2", "0.990 (0.960 to 1.020)", "a:"),
+        ("engine throughput through the endpoint for agents", "0.990 (0.960 to 1.020)", "b: GPU"),
+    ]
+
+
 def test_every_result_of_ours_gives_a_page(tmp_path: pathlib.Path) -> None:
     out = tmp_path / "page.html"
     result = CliRunner().invoke(bench, ["report", str(ROOT / "benchmarks"), "--html", str(out)])

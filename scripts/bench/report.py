@@ -82,22 +82,40 @@ def headlines(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, 
                 ]
             case "engine":
                 for arm, figures in result["arms"].items():
-                    if arm != "plain" and (interval := figures.get("ratio")):
-                        spread = f"{{:.3f}} ({interval['low']:.3f} to {interval['high']:.3f})"
-                        said.append((f"engine throughput, {arm}, over plain SGLang", interval["mean"], spread))
+                    if arm != "plain":
+                        said.append((f"engine throughput, {arm}, over plain SGLang", *_interval(figures.get("ratio"))))
             case "learned":
                 for kind, means in result["heldout"].items():
                     first, last = means.get("first"), means.get("last")
                     if kind != "all" and _is_number(first):
                         said.append((f"held-out accuracy on {kind}, from {first:.1%}", last, "{:.1%}"))
             case "updates":
+                of = "" if result.get("tp", 1) == 1 else f", tp {result['tp']}"
                 said = [
-                    ("engine throughput with two versions a second", _at(result, "throughput_ratio", "mean"), "{:.3f}"),
-                    ("stall for a version that changes 1 %, p99", _at(result, "few", "stall_ms", "p99"), "{:.2f} ms"),
+                    (f"engine throughput with two versions a second{of}", *_interval(result.get("throughput_ratio"))),
+                    (
+                        f"stall for a version that changes 1 %, p99{of}",
+                        _at(result, "few", "stall_ms", "p99"),
+                        "{:.2f} ms",
+                    ),
                 ]
+            case "endpoint":
+                said = [("engine throughput through the endpoint for agents", *_interval(result.get("rate_ratio")))]
+            case "learner":
+                said = [
+                    ("learner, tokens/s", result.get("tokens_per_second"), "{:,.0f}"),
+                    ("... model FLOPs utilisation", result.get("model_flops_utilization"), "{:.1%}"),
+                ]
+            case "learner-gap":
+                said = [("log-probs, learner to SGLang, p99", _at(result, "abs", "p99"), "{:.3f}")]
         on = f"{name}: {result.get('gpus') or ''} {result.get('device', '')}".replace(":  ", ": ").strip()
         rows += [(what, form.format(value), on) for what, value, form in said if _is_number(value)]
     return rows
+
+
+def _interval(ratio: Mapping[str, float] | None) -> tuple[object, str]:
+    """Mean and how it is shown."""
+    return (None, "") if ratio is None else (ratio["mean"], f"{{:.3f}} ({ratio['low']:.3f} to {ratio['high']:.3f})")
 
 
 _KINDS = ("learned", "loop", "engine", "updates", "learner", "")
