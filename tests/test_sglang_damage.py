@@ -21,8 +21,10 @@ from staging_builders import (
 from update_builders import anchor_parts, change_parts
 from weights_builders import (
     FIRST,
+    HIDDEN,
     RUN,
     SHAPES,
+    VOCABULARY,
     commit,
     hash_of,
     make_live,
@@ -31,7 +33,11 @@ from weights_builders import (
     take,
 )
 
-from engines.weights.parts import CorruptPart
+from engines.weights.codes.changes import Change
+from engines.weights.codes.payload import Code
+from engines.weights.codes.ulp import SparseDelta
+from engines.weights.fingerprint import integers as bits_dtype
+from engines.weights.parts import CorruptPart, Line, Piece, cut
 from stream_rl.errors import WeightsError
 from stream_rl.messages import UpdatePart
 from stream_rl.types import Version
@@ -116,6 +122,26 @@ def test_a_part_that_cannot_be_is_refused_and_nothing_live_changes(change: Any, 
     parts[i] = change(parts[i])
     with untouched(live, model), pytest.raises(WeightsError):
         take(live, parts)
+    assert_still_updates(live, model, line)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "elements"),
+    [("embed", torch.float32, 70_000), ("nobody", torch.float32, 70_000), ("embed", torch.float32, 3),
+     ("embed", torch.bfloat16, 70_000), ("embed", torch.bfloat16, VOCABULARY * HIDDEN + 1)],
+)  # fmt: skip
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_slice_that_is_not_of_the_checkpoint_is_refused_whatever_its_size(
+    name: str, dtype: torch.dtype, elements: int, dense: bool
+) -> None:
+    line = line_of(0, 2)
+    live, model = make_live(line[0])
+    new = torch.ones(elements, dtype=bits_dtype(dtype))
+    changed = SparseDelta(elements, torch.tensor([elements - 1]), new[:1])
+    piece = Piece(name, 0, Change(dtype, None if dense else changed, None, new if dense else None))
+    [part] = cut([piece], Line(RUN, FIRST, SECOND, anchor=dense), Code.FAST, 1 << 20)
+    with untouched(live, model), pytest.raises(WeightsError, match="this engine's checkpoint has"):
+        live.receive(part)
     assert_still_updates(live, model, line)
 
 

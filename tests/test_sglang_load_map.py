@@ -123,7 +123,31 @@ def test_dense_pieces_are_written_by_copies_or_scattered_and_count_the_same(
         assert counted % (1 << 64) == fingerprint.model_sum(new.items())
 
 
-def test_a_head_that_is_loaded_twice_into_its_own_memory_is_held_twice() -> None:
+def test_tensors_without_a_sparse_form_are_placed_too() -> None:
+    """Those of other widths than floats have."""
+    old = {"wide": torch.arange(12).reshape(3, 4), "narrow": torch.arange(7, dtype=torch.uint8)}
+    new = {name: tensor + 3 for name, tensor in old.items()}
+    live = {name: tensor.clone() for name, tensor in old.items()}
+
+    def load(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in weights:
+            live[name].copy_(tensor)
+
+    load_map = LoadMap(trace(live.items(), load, {name: TensorShape(t.shape, t.dtype) for name, t in old.items()}))
+    pieces = [p for name, bits in flat(new).items() for p in dense_pieces(name, new[name].dtype, bits)]
+    writes = joined([placed(runs_of(pieces), load_map, False)], load_map)
+    before = total(load_map)
+    writes.write()
+    assert same_bits(live, new)
+    assert total(load_map) == (before + sum(writes.gained.values())) % (1 << 64) == fingerprint.model_sum(new.items())
+
+
+@pytest.mark.parametrize("scattered", [0, 1 << 16])
+def test_a_head_that_is_loaded_twice_into_its_own_memory_is_held_twice(
+    scattered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.sglang.writes.SCATTERED", scattered)
+
     class Untied(Model):
         """Its checkpoint has one embedding, which it copies to two parameters."""
 
@@ -145,6 +169,10 @@ def test_a_head_that_is_loaded_twice_into_its_own_memory_is_held_twice() -> None
     assert same_bits({"a": model.embed.data, "b": model.head.data}, {"a": new["embed"], "b": new["embed"]})
     assert total(load_map) == fingerprint.model_sum(new.items()), "it counts once"
     assert writes.covered <= new["embed"].numel()
+    pieces = [p for name, bits in flat(tensors).items() for p in dense_pieces(name, torch.bfloat16, bits)]
+    joined([placed(runs_of(pieces), load_map, False)], load_map).write()
+    assert same_bits({"a": model.embed.data, "b": model.head.data}, {"a": tensors["embed"], "b": tensors["embed"]})
+    assert total(load_map) == fingerprint.model_sum(tensors.items())
     fingerprint.bits_of(model.head.data).view(-1)[3] ^= 1
     with pytest.raises(WeightsError, match="embed"):
         load_map.live_sums()

@@ -126,6 +126,8 @@ class LoadMap:
         """Fingerprints recomputed from live memory.  Raises WeightsError if copies within the rank differ."""
         sums = self.zeros()
         for name, boxes in self.held.items():
+            if not boxes:  # then there may be no arena of its width either
+                continue
             arena, first = self.arena(self.shapes[name].dtype), dict[Span, int]()
             for box, holders in boxes:
                 found = box.sum(self.seeds[name], box.view(arena))

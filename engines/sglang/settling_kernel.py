@@ -24,7 +24,7 @@ def settle(  # type: ignore[no-untyped-def]
 
     LOW: all bits of an element but its sign; FREE: bits by which it is narrower than the 64 that are computed with.
     """
-    at = begin + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = begin + tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = at < end
     place = tl.load(places + at, mask=here, other=0)
     old = tl.load(arena + place, mask=here, other=0).to(tl.int64)

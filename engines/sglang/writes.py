@@ -133,9 +133,12 @@ class _Building:
 
     def _copy(self, number: int, bits: torch.Tensor) -> None:
         name, start, known = self.found.names[number], self.found.starts[number], self.found.tensors[number]
-        arena, seed = self.load_map.arena(known.dtype), self.load_map.seeds.get(name, 0)
+        boxes = self.load_map.holding(name, start, known)
+        if not boxes:
+            return
+        arena, seed = self.load_map.arena(known.dtype), self.load_map.seeds[name]
         bits, stop = bits.to(self.load_map.device), start + known.elements
-        for held in self.load_map.holding(name, start, known):
+        for held in boxes:
             for part in held.box.clipped(start, stop):
                 target, source = part.view(arena), part.pick(bits, start)
                 self.copies.append(Copy(target, source))

@@ -93,11 +93,6 @@ def read(part: UpdatePart, held: Held | None = None, each: Each = map) -> list[P
     Raises CorruptPart for other bytes than were sent, WeightsError for what `cut` cannot have made.
     """
     check(part)
-    return decoded(part, held, each)
-
-
-def decoded(part: UpdatePart, held: Held | None = None, each: Each = map) -> list[Piece]:
-    """The same for a part that was checked."""
     tensors = _known(part, held)
     changes = payload.decode(part.payload, tensors, each) if tensors else []
     pieces = []
@@ -121,7 +116,7 @@ class Runs:
 
 
 def runs(part: UpdatePart, held: Held | None = None) -> Runs:
-    """As `decoded`, for an engine: there every object costs the scheduler time."""
+    """As `read`, of a part that was checked, for an engine: there every object costs the scheduler time."""
     tensors = _known(part, held)
     sparse, dense = payload.decode_runs(part.payload, tensors) if tensors else ([], {})
     return Runs(part.names, part.starts, tensors, sparse, dense)
@@ -130,11 +125,12 @@ def runs(part: UpdatePart, held: Held | None = None) -> Runs:
 def _known(part: UpdatePart, held: Held | None) -> list[Known]:
     """What is known of the pieces before the payload is read.  Raises WeightsError for what is no slice of weights."""
     dtypes: dict[str, torch.dtype] = {}
-    for name in set(part.dtypes):
-        dtype = getattr(torch, name, None)
+    for dtype_name in set(part.dtypes):
+        dtype = getattr(torch, dtype_name, None)
         if not isinstance(dtype, torch.dtype) or dtype.itemsize not in (1, 2, 4, 8):
-            raise WeightsError(f"{name!r} is no dtype of weights")
-        dtypes[name] = dtype
+            name = part.names[part.dtypes.index(dtype_name)]
+            raise WeightsError(f"{name}: {dtype_name!r} is no dtype of weights")
+        dtypes[dtype_name] = dtype
     for name, start, count in zip(part.names, part.starts, part.counts, strict=True):
         if start < 0 or start % SLICE or not 0 <= count <= SLICE:
             raise WeightsError(f"{name}: {count} elements from {start} are no slice of at most {SLICE}")

@@ -141,7 +141,7 @@ def locate(
     """Where changes of slices of tensors go in live memory that holds boxes of them.
 
     spans       [segments, 2]: the first and the number of the positions that are of one slice and may be in one box;
-                they ascend
+                within a span they ascend, and spans may share some
     boxes       [segments, 7]: position 0 of the slice as counted from the box; positions from the box's first element
                 to its last; its stride and columns; stride in live memory, place there; seed
     places, linear, kept   written from the front: place, hash so far (fingerprint.linear) and value of what is there
