@@ -75,11 +75,11 @@ class Parsing:
         reasoning, rest = "", written
         if self.reasoning:
             parts = await engine.separate_reasoning(written, self.reasoning)
-            reasoning, rest = _utf8(parts.get("reasoning_text") or ""), _utf8(parts.get("text") or "")
+            reasoning, rest = _text(parts, "reasoning_text"), _text(parts, "text")
         if not (self.tools and tools):
             return Said(text=rest if reasoning else plain, reasoning=reasoning)
         parts = await engine.parse_function_call(rest, tools, self.tools)
-        text = _utf8(parts.get("normal_text") or "")
+        text = _text(parts, "normal_text")
         try:
             made = [(call["name"], call["parameters"]) for call in parts["calls"]]
         except (LookupError, TypeError) as error:
@@ -105,6 +105,13 @@ def parsed_arguments(arguments: Any) -> Any:
         return json.loads(arguments)
     except (ValueError, RecursionError):
         return arguments
+
+
+def _text(parts: Mapping[str, Any], name: str) -> str:
+    text = "" if parts.get(name) is None else parts[name]
+    if not isinstance(text, str):
+        raise EngineError(f"an engine parsed a turn to no text: {parts!r:.200}")
+    return _utf8(text)
 
 
 def _utf8(text: str) -> str:

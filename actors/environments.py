@@ -251,6 +251,7 @@ class _Host:
                     await self.start()
             # not before: a process that ended while it started was not this episode's
             self.frames[number], self._episodes[number] = asyncio.Queue(), episode
+            episode.begun()
             prompt = episode.prompt
             await self.write({"start": number, "text": prompt.text, "data": dict(prompt.data), "key": episode.key})
         except (ConfigError, TaskError) as error:

@@ -200,9 +200,13 @@ class Episode:
         if self.ended:
             raise EpisodeEnded(self.ended)
 
+    def begun(self) -> None:
+        """What plays it is there now: only from here on is its silence its own."""
+        self._active_at = self._loop.time()
+
     @property
     def quiet_s(self) -> float:
-        """Seconds since the model's last turn; 0 while it has one."""
+        """Seconds since the model's last turn, or since it was begun; 0 while it has a turn."""
         busy = any(branch.awaited or branch.sampling for branch in self.branches)
         return 0.0 if busy else self._loop.time() - self._active_at
 

@@ -16,6 +16,8 @@ class FakeEngine:
     def __init__(self, answer: Callable[[dict[str, Any]], tuple[list[int], str] | None] = lambda body: None) -> None:
         self.answer = answer
         self.status = 200
+        self.parse: Callable[[str, dict[str, Any]], tuple[int, bytes]] = lambda path, body: (404, b"")
+        """What its parsers of tool calls and reasoning answer: status and body."""
         self.deaf = 0
         """Aborts that are lost, as those that overtake their request are."""
         self.requests: list[dict[str, Any]] = []
@@ -29,6 +31,8 @@ class FakeEngine:
         app = web.Application()
         app.router.add_post("/generate", self._generate)
         app.router.add_post("/abort_request", self._abort)
+        app.router.add_post("/parse_function_call", self._parse)
+        app.router.add_post("/separate_reasoning", self._parse)
         self._runner = web.AppRunner(app, shutdown_timeout=0.01, handler_cancellation=True)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
@@ -100,3 +104,7 @@ class FakeEngine:
         elif rid in self._open and not self._open[rid].done():
             self._open[rid].set_result((self.partial, "abort"))
         return web.Response()
+
+    async def _parse(self, request: web.Request) -> web.Response:
+        status, body = self.parse(request.path, await request.json())
+        return web.Response(status=status, body=body, content_type="application/json")

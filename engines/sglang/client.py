@@ -76,7 +76,7 @@ class EngineClient:
         self.in_flight += 1
         try:
             async with self._post("/generate", body) as response:
-                text = await response.text()
+                text = await response.text(errors="replace")
         finally:
             self.in_flight -= 1
         try:
@@ -112,7 +112,7 @@ class EngineClient:
 
     async def _parsed(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         async with self._post(path, body) as response:
-            text = await response.text()
+            text = await response.text(errors="replace")
         try:
             answer = json.loads(text)
         except (ValueError, RecursionError):
@@ -145,4 +145,5 @@ class EngineClient:
             raise EngineUnreachable(f"{self.name} at {self.address} cannot be reached: {error!r}") from error
 
     async def _answered(self, response: aiohttp.ClientResponse) -> str:
-        return f"{self.name} answered {response.status}: {(await response.text())[:500]}"
+        text = await response.text(errors="replace")
+        return f"{self.name} answered {response.status}: {text[:500]}"
