@@ -7,7 +7,8 @@ import os
 import pathlib
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from stream_rl import runtime
@@ -49,15 +50,17 @@ class Child:
         log: pathlib.Path,
         threads: int,
         devices: Sequence[int] = (),
+        variables: Mapping[str, str] = MappingProxyType({}),
     ) -> "Child":
         """Run `python -m module`; its output is appended to `log`.  Cancelled, it leaves no process behind.
 
-        devices: GPUs that it sees; all if there are none.
+        devices: GPUs that it sees; all if there are none.  variables: of its environment, beside ours.
         """
         environment = os.environ | {
             "OMP_NUM_THREADS": str(threads),
             "PYTHONUNBUFFERED": "1",
             runtime.PARENT: str(os.getpid()),
+            **variables,
         }
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))

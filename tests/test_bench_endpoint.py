@@ -1,5 +1,7 @@
 """The endpoint's bench, small, with a real engine."""
 
+import os
+
 import pytest
 
 from scripts.bench.endpoint import Plan, measure
@@ -19,6 +21,7 @@ def test_every_session_is_one_branch_and_every_figure_is_there() -> None:
     assert 0 < figures["rate_ratio"]["low"] <= figures["rate_ratio"]["mean"] <= figures["rate_ratio"]["high"]
     assert figures["cpu_ms_per_request"] > 0
     assert figures["met"].keys() == figures["targets"].keys()
+    assert "SGLANG_PLUGINS" not in os.environ, "what starts after it has our plugin"
 
 
 @pytest.mark.parametrize("wrong", [{"pairs": 2}, {"sessions": 0}, {"tokens": 0}])

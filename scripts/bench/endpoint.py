@@ -254,11 +254,11 @@ async def _engine(plan: Plan, model: pathlib.Path, directory: pathlib.Path) -> A
         for name, value in options.items()
         for word in (f"--{name.replace('_', '-')}", *([] if value is True else [str(value)]))
     ]
-    if plan.tiny:
-        os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
-    os.environ.update(SGLANG_PLUGINS="none", HF_HUB_OFFLINE="1")
+    variables = {"SGLANG_PLUGINS": "none", "HF_HUB_OFFLINE": "1"} | (
+        {"SGLANG_USE_CPU_ENGINE": "1"} if plan.tiny else {}
+    )
     log = directory / "engine.log"
-    child = await Child.start("engine", "scripts.bench.stock_engine", words, log, threads=1)
+    child = await Child.start("engine", "scripts.bench.stock_engine", words, log, threads=1, variables=variables)
     try:
         await _up(f"http://127.0.0.1:{port}", plan.start_seconds, child)
         yield f"http://127.0.0.1:{port}"
