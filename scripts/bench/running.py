@@ -73,7 +73,10 @@ async def running_queue(recipe: config.Recipe) -> AsyncIterator[RunningQueue]:
         [process] = [p for p in psutil.Process().children() if str(journal) in p.cmdline()]
         async with asyncio.TaskGroup() as watching, connected(address, recipe) as peers:
             watch = watching.create_task(_watch(child))
-            yield RunningQueue(peers, process, journal)
+            try:
+                yield RunningQueue(peers, process, journal)
+            except psutil.NoSuchProcess:
+                await asyncio.wait([watch])  # which says how it ended
             watch.cancel()
     finally:
         await child.stop(STOP_TIMEOUT_S)
