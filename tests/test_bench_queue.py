@@ -106,7 +106,8 @@ def test_a_run_that_cannot_be_made_is_refused(tokens: int, requests: int, says: 
         Plan(tokens=tokens, requests=requests)
 
 
-def test_a_queue_that_dies_ends_the_run_by_name() -> None:
+@pytest.mark.parametrize("seen_first", [False, True])
+def test_a_queue_that_dies_ends_the_run_by_name(seen_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: it is killed at the first word, and nobody else would ever say so."""
     plan = Plan(tokens=LEAST, requests=64)
 
@@ -114,6 +115,11 @@ def test_a_queue_that_dies_ends_the_run_by_name() -> None:
         if line.startswith("round 1"):
             for pid in _queues():
                 os.kill(pid, signal.SIGKILL)
+            if seen_first:
+                monkeypatch.setattr("scripts.bench.running.RunningQueue.usage", gone)
+
+    def gone(_: object) -> None:
+        raise psutil.NoSuchProcess(0)
 
     with pytest.raises(StreamRLError, match="queue ended with status -9"):
         measure(plan, kill)

@@ -1,6 +1,7 @@
 """What changes make of live elements, and of the fingerprint: on a GPU in one pass over memory.
 
-Memory is what a decoding GPU has least of: as a chain of torch's operations this moves forty times as many bytes.
+Memory is what a decoding GPU has least of: a chain of torch's operations would read and write each element
+dozens of times.
 """
 
 from collections.abc import Iterable, Sequence

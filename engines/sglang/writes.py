@@ -174,8 +174,7 @@ class _Building:
         """Places in the arena, hashes so far and values of all changes that this rank holds, on the device; how many of
         each part."""
         device, room = self.load_map.device, sum(part.span[1] for part in parts)
-        # page-locked memory, which torch keeps for the next time: a copy out of any other makes the driver wait with
-        # whatever else it is asked for, such as the scheduler's next step
+        # page-locked memory, which torch keeps for the next time: out of any other a copy is not asynchronous
         places, linear, values = (
             torch.empty(room, dtype=dtype, pin_memory=device.type == "cuda")
             for dtype in (torch.int64, torch.int64, torch.from_numpy(run.steps).dtype)
