@@ -22,17 +22,28 @@ from engines.weights.codes.layout import (
     MAX_CLASSES,
     Bits,
 )
-from engines.weights.codes.words import GROUP, differing, fetch, lowest, ones, reaching
+from engines.weights.codes.words import GROUP, differing, fetch, fetch_group, lowest, ones, reaching
 from stream_rl.errors import WeightsError
 from stream_rl.types import ByteArray, Int64Array
 
 AHEAD = 16
 """Changes between asking for an element and changing it: without it each waits for memory in its turn."""
-STRIP = 2048
-"""Elements compared before those that differ are followed up: both versions are in the first-level cache then."""
+STRIP = 128
+"""Elements compared before those that differ are followed up: both versions are in the first-level cache then, and
+memory is read on, because the processor begins the next strip before this one is done."""
+SOON = 1024
+"""Bytes ahead of the comparison at which both versions are asked for.  Twice as many are slower than none."""
+LEAST_ROOM = 4096
+"""Differences that there is room for at first."""
 
 
 # -- differences ------------------------------------------------------------------------------------------------------
+
+
+@compiled("W[::1], W[::1], uint64")
+def _step(old: Any, new: Any, place: Any) -> Any:
+    low, before, after = (1 << (8 * old.itemsize - 1)) - 1, np.int64(old[place]), np.int64(new[place])
+    return (after ^ ((after >> 63) & low)) - (before ^ ((before >> 63) & low))
 
 
 @compiled("W[::1], W[::1], uint64, uint64[::1], W[::1]")
@@ -41,51 +52,48 @@ def _diff(old: Any, new: Any, start: Any, indices: Any, steps: Any) -> tuple[Any
 
     All that counts is unsigned: of a signed number numba asks at every use whether it is to be taken from the end.
     """
-    low, one = (1 << (8 * old.itemsize - 1)) - 1, np.uint64(1)
-    strip, group, size, room = np.uint64(STRIP), np.uint64(GROUP), np.uint64(old.size), np.uint64(indices.size)
+    strip, group, one, soon = np.uint64(STRIP), np.uint64(GROUP), np.uint64(1), np.uint64(SOON // old.itemsize)
+    count, size, room = np.uint64(0), np.uint64(old.size), np.uint64(indices.size)
     words, places = np.empty(STRIP // GROUP, np.uint64), np.empty(STRIP // GROUP, np.uint64)
-    count = np.uint64(0)
     while start + strip <= size and count + strip <= room:
         num_words = np.uint64(0)
         for place in range(start, start + strip, group):
+            fetch_group(old, place + soon)
+            fetch_group(new, place + soon)
             word = differing(old, new, place)  # asked for by name below: what was just stored takes long to read back
             words[num_words], places[num_words] = word, place
             num_words += np.uint64(word != 0)
-        first = count
         for i in range(num_words):
             # one bit or two, whichever: a loop over so few would be mispredicted at every third word
             word, place = words[i], places[i]
             rest = word & (word - one)
-            indices[count] = place + lowest(word)
-            indices[count + one] = place + lowest(rest if rest != 0 else word)
+            first, second = place + lowest(word), place + lowest(rest if rest != 0 else word)
+            indices[count], steps[count] = first, _step(old, new, first)
+            indices[count + one], steps[count + one] = second, _step(old, new, second)
             count += one + np.uint64(rest != 0)
             rest &= rest - one
             while rest != 0:
-                indices[count] = place + lowest(rest)
+                third = place + lowest(rest)
+                indices[count], steps[count] = third, _step(old, new, third)
                 rest &= rest - one
                 count += one
-        for k in range(first, count):
-            before, after = np.int64(old[indices[k]]), np.int64(new[indices[k]])
-            steps[k] = (after ^ ((after >> 63) & low)) - (before ^ ((before >> 63) & low))
         start += strip
     if size - start < strip and count + size - start <= room:
         for j in range(start, size):
-            before, after = np.int64(old[j]), np.int64(new[j])
-            steps[count] = (after ^ ((after >> 63) & low)) - (before ^ ((before >> 63) & low))
-            indices[count] = j
-            count += np.uint64(before != after)
+            indices[count], steps[count] = j, _step(old, new, j)
+            count += np.uint64(old[j] != new[j])
         start = size
     return count, start
 
 
 def diff(old: Bits, new: Bits) -> tuple[Int64Array, Bits]:
     assert old.size == new.size
-    pieces, start, room = [], 0, max(2 * STRIP, old.size // 64)
+    pieces, start, room = [], 0, max(LEAST_ROOM, old.size // 64)
     while start < old.size:
         indices, steps = np.empty(room, np.int64), np.empty(room, old.dtype)
         count, start = _diff(old, new, start, indices.view(np.uint64), steps)
         pieces.append((indices[:count], steps[:count]))
-        room = max(2 * STRIP, count * (old.size - start) // start * 5 // 4)
+        room = max(LEAST_ROOM, count * (old.size - start) // start * 5 // 4)
     if len(pieces) == 1:
         return pieces[0]
     empty = (np.empty(0, np.int64), np.empty(0, old.dtype))

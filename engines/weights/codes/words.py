@@ -13,6 +13,8 @@ from numba.extending import intrinsic
 from engines.weights.codes.layout import ESCAPE, LARGEST
 
 GROUP = 64
+CACHE_LINE = 64
+"""Bytes."""
 
 
 def _vector(context: Any, builder: Any, kind: Any, array: Any, start: Any) -> Any:
@@ -116,16 +118,38 @@ def ones(typing: Any, word: Any) -> Any:
     return numba.int64(numba.uint64), generate
 
 
+def _prefetch(context: Any, builder: Any, kind: Any, array: Any, place: Any, write: int, locality: int) -> None:
+    """LLVM's hint; `locality` is 3 for the first-level cache, 2 for the second."""
+    number, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+    address = builder.bitcast(builder.gep(context.make_array(kind)(context, builder, array).data, [place]), byte)
+    signature = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+    function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
+    builder.call(function, [address, number(write), number(locality), number(1)])
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def fetch(typing: Any, array: Any, place: Any) -> Any:
-    """Ask for array[place] to be in the cache soon.  Harmless wherever that is."""
+    """Ask for array[place], to be changed soon, to be in the cache.  Harmless wherever that is."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        number, byte = ir.IntType(32), ir.IntType(8).as_pointer()
-        data = context.make_array(array)(context, builder, arguments[0]).data
-        address = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
-        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [address, number(1), number(3), number(1)])
+        elements, place = arguments
+        _prefetch(context, builder, array, elements, place, write=1, locality=3)
 
     return numba.void(array, numba.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def fetch_group(typing: Any, array: Any, start: Any) -> Any:
+    """Ask for 64 elements from `start`, to be read soon, to be in the second-level cache.  Harmless wherever that is.
+
+    Asked for in the first-level cache, they made a comparison of 32 MiB a quarter slower than it is without.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        elements, start = arguments
+        a_line = CACHE_LINE // (array.dtype.bitwidth // 8)
+        for ahead in range(0, GROUP, a_line):
+            place = builder.add(start, ir.Constant(ir.IntType(64), ahead))
+            _prefetch(context, builder, array, elements, place, write=0, locality=2)
+
+    return numba.void(array, numba.uint64), generate
