@@ -32,11 +32,14 @@ def _fast_encode(
         following = block * np.uint64(BLOCK)
         end = min(following + np.uint64(BLOCK), elements)
         first, gaps_before, escapes_before = k, num_gaps, num_escapes
-        while k < size and indices[k] < end:
-            if indices[k] < following:
+        while k < size:
+            position = indices[k]
+            if position >= end:
+                break
+            if position < following:
                 return -1, 0, 0
             # one skip or none, whichever: at 1 % changed one gap of 13 has one, and would be mispredicted
-            gap = indices[k] - following
+            gap = position - following
             skipped = gap >= skip
             gaps[num_gaps] = skip
             num_gaps += np.uint64(skipped)
@@ -47,7 +50,7 @@ def _fast_encode(
                 gap -= skip
             gaps[num_gaps] = gap
             num_gaps += one
-            following = indices[k] + one
+            following = position + one
             k += one
         for i in range(first, k, group):
             here = min(k - i, group)
