@@ -111,7 +111,7 @@ def _met(measured: float, target: float, sign: str) -> bool:
 
 @click.command()
 @click.option("--max-bytes", default=SIZES[-1], show_default=True, help="Of made-up weights; larger ones are skipped.")
-@click.option("--pairs", default=9, show_default=True, help="Measurements of each rate, each beside one of memcpy.")
+@click.option("--pairs", default=16, show_default=True, help="Measurements of each rate, each beside one of memcpy.")
 @click.option("--training-steps", default=60, show_default=True, help="Of the model, before what is measured.")
 @click.option(
     "--json", "path", type=click.Path(path_type=pathlib.Path, dir_okay=False), help="Write the object here too."
