@@ -94,3 +94,10 @@ def test_what_is_no_result_is_named(text: str, tmp_path: pathlib.Path) -> None:
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(ConfigError, match=r"bad\.json"):
         read(tmp_path)
+
+
+def test_a_curve_says_what_its_time_is_counted_from() -> None:
+    committed = read(ROOT / "benchmarks")
+    label = "seconds since {}".format
+    assert label("the command was typed") in page({"smollm2_h200": committed["smollm2_h200"]})
+    assert label("rollouts began") in page({"loop_h200x2": committed["loop_h200x2"]})

@@ -188,7 +188,8 @@ def _learned(result: Mapping[str, Any]) -> Iterable[str]:
     yield f"<p>{result['steps']} steps in {result['wall_s']:.0f} s, start-up included.</p>"
     yield _table(("held-out", "before", "after"), rows)
     curves = {"all": {"curve": result["curve"]}} | {kind: {"curve": each} for kind, each in result["kinds"].items()}
-    yield "<h3>Reward over wall time, on what was trained on</h3>" + plots.reward_over_time(curves)
+    drawn = plots.reward_over_time(curves, since="the command was typed")
+    yield "<h3>Reward over wall time, on what was trained on</h3>" + drawn
 
 
 def _numbers(result: Mapping[str, Any]) -> str:

@@ -14,12 +14,12 @@ matplotlib.rcParams["svg.hashsalt"] = "stream-rl"  # the same figures give the s
 Modes = Mapping[str, Mapping[str, Any]]
 
 
-def reward_over_time(modes: Modes) -> str:
+def reward_over_time(modes: Modes, since: str = "rollouts began") -> str:
     figure, panel = plt.subplots(figsize=(8, 4), constrained_layout=True)
     for name, mode in modes.items():
         if points := mode.get("curve"):
             panel.plot([p[0] for p in points], [p[1] for p in points], ".-", label=name)
-    panel.set(xlabel="seconds since rollouts began", ylabel="mean reward of what finished")
+    panel.set(xlabel=f"seconds since {since}", ylabel="mean reward of what finished")
     panel.legend(loc="lower right")
     return _svg(figure)
 
