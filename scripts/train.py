@@ -120,7 +120,7 @@ def train(recipe: config.Recipe, resume: bool = False, hold: bool = False) -> di
 def supervise(run: Run, table: Callable[[config.Recipe], Sequence[Stage]], hold: bool = False) -> dict[str, Any]:
     """Run the processes of `table` until the queue says that the run has finished; the summary."""
     recipe = run.recipe
-    with Dashboard(recipe.run.name, recipe.run.steps, recipe.supervise.plain_progress_s) as dashboard:
+    with Dashboard(recipe.run, recipe.supervise.plain_progress_s) as dashboard:
         try:
             return asyncio.run(_Run(run, dashboard, table, hold).run())
         except asyncio.CancelledError:  # SIGTERM
