@@ -15,8 +15,9 @@ from queues.steering import Steering
 from stream_rl.config import Queue, Rollout
 from stream_rl.errors import ConfigError
 
-_WEIGHT = 0.1
-"""Of the newest group in the moving average: about the last ten steps of a few groups each."""
+_FIRST_WEIGHT, _WEIGHT = 0.1, 0.02
+"""Of the newest group in the moving average, which begins with ten and comes to be over the last fifty: lengths are
+long-tailed, and a step that is thought to take fewer groups than it does leaves engines idle."""
 _TURN_WEIGHT = 0.01
 """Of the newest turn: waits are long-tailed, and admission follows them at its leisure."""
 LEAST_OCCUPANCY = 0.125
@@ -80,6 +81,8 @@ class Admission:
         self.tokens_per_group = queue.min_tokens / queue.first_groups
         """Moving average over completed groups.  It starts from what the recipe expects and not from the first group
         to complete: the first are the shortest, and would ask for several times too many."""
+        self.num_completed = 0
+        """Groups, so far."""
         self.occupancy = 1.0
         """Share of its time that a growing trajectory is in an engine; exactly 1 where nothing waits for environments.
         It moves slowly, from 1, and at most to LEAST_OCCUPANCY."""
@@ -96,7 +99,9 @@ class Admission:
 
     def completed(self, tokens: int) -> None:
         """A group completed with this many sampled tokens."""
-        self.tokens_per_group += _WEIGHT * (tokens - self.tokens_per_group)
+        weight = max(_WEIGHT, 1 / (1 / _FIRST_WEIGHT + self.num_completed))
+        self.num_completed += 1
+        self.tokens_per_group += weight * (tokens - self.tokens_per_group)
 
     @property
     def groups_per_step(self) -> int:

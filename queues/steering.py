@@ -6,6 +6,8 @@
     3. Otherwise try a step more and a step less in turn, and move to where rate / limit ** THRIFT is higher.
     4. Where neither is, rest; longer each time, unless the rate changes by itself (engines came or went).
     5. Never less than one step takes, never more than MOST_PER_AGE steps' worth for each version of the target.
+    6. When a step comes to take more groups, as many more wait for it to fill: the limit follows, group for group.  If
+       it did not, answers that get shorter would leave engines idle.
 
 Past the engines' knee a larger limit brings no more tokens, and while the learner is the slower side it brings none
 either, so 3 lets go of whatever only waits.  A larger limit is kept only for a gain in rate, so it cannot run away.
@@ -45,6 +47,8 @@ class Steering:
     def __init__(self, queue: Queue) -> None:
         self._target = queue.target_token_age
         self._start = queue.over_provision * queue.first_groups
+        self.per_step = queue.first_groups
+        """Groups that a step was expected to take when the last was applied."""
         self.groups = 0.0
         """Where the limit is or falls to, not rounded; 0 until the first step was applied."""
         self.falling = 0.0
@@ -84,9 +88,14 @@ class Steering:
         elapsed, tokens = now - self.last_s, received_tokens - self.last_received
         self.last_s, self.last_received = now, received_tokens
         self.falling = max(0.0, self.falling - FALL * groups_per_step)
+        more, self.per_step = groups_per_step - self.per_step, groups_per_step
         if not self.groups:
-            self._go_to(self._start, groups_per_step)
-        elif self.settling:
+            self._go_to(self._start + more, groups_per_step)
+            return
+        self.groups = self._bounded(self.groups + more, groups_per_step)
+        if self.home:
+            self.home = self._bounded(self.home + more, groups_per_step)
+        if self.settling:
             self.settling -= 1
         elif elapsed > 0 and math.isfinite(age_mean):
             self.rates.append(tokens / elapsed)

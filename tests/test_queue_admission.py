@@ -1,6 +1,8 @@
 """Settings under which nothing could ever train are refused at start."""
 
 import math
+import random
+import statistics
 
 import pytest
 
@@ -38,6 +40,18 @@ def test_empty_groups_do_not_ask_for_unboundedly_many():
     for _ in range(1000):
         admission.completed(0)
     assert admission.limit == 128
+
+
+def test_what_a_step_takes_is_known_although_lengths_are_long_tailed():
+    chance, queue = random.Random(0), Queue(**(GOOD | {"min_tokens": 64_000, "max_tokens": 10**6, "first_groups": 8}))
+    admission, found = Admission(queue), []
+    for _ in range(2000):
+        admission.completed(round(1000 * chance.lognormvariate(-0.5, 1.0)))
+        found.append(admission.groups_per_step)
+    assert found[0] <= 10, "the first to complete are the shortest"
+    assert statistics.median(found[30:80]) > 32, "but it does not hold on to what the recipe expected"
+    assert statistics.median(found[200:]) == pytest.approx(64, rel=0.1)
+    assert statistics.stdev(found[200:]) < 0.2 * 64
 
 
 def test_starving_admits_one_more_than_the_limit():

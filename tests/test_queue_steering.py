@@ -107,6 +107,23 @@ def test_it_follows_engines_that_come_and_go(before: float, after: float) -> Non
     assert after / STEP**1.5 <= plant.run(600).settled(200) <= after * STEP**1.5
 
 
+@pytest.mark.parametrize("while_trying", [False, True])
+def test_answers_that_get_shorter_leave_no_engine_idle(while_trying: bool) -> None:
+    """A step comes to take four times the groups; up to a step's groups are whole and wait, and occupy no engine."""
+    plant = Plant(steering(), knee_at(55.0))
+    plant.rate = lambda limit: min(max(limit - plant.per_step, 0.1), 55.0)
+    plant.run(300)
+    while bool(plant.steering.home) != while_trying:
+        plant.run(1)
+    running = plant.limits[-1] - PER_STEP
+    for plant.per_step in range(PER_STEP, 4 * PER_STEP):
+        plant.run(1)
+        assert plant.limits[-1] - plant.per_step >= 0.6 * running, "but for a trial of less"
+    for plant.per_step in range(4 * PER_STEP, PER_STEP, -1):
+        plant.run(1)
+    assert plant.limits[-1] - plant.per_step <= 1.5 * running
+
+
 def test_engines_that_come_are_noticed_while_it_rests() -> None:
     plant = Plant(steering(), lambda n: n / (1 + n / 20)).run(300)
     while plant.steering.rest < 7 or plant.steering.settling:
