@@ -17,7 +17,7 @@ def test_admission_follows_the_tokens_of_completed_groups():
     assert run.core.admitted == {"actor-0": [0, 1, 2, 3]}
     run.grow(0, [1, 1])
     assert run.core.store.admission.limit == 6, "one short group, the first to finish, is no reason to triple them"
-    for _ in range(60):
+    for _ in range(300):
         run.core.store.admission.completed(2)
     run.grow(1, [1, 1])
     assert run.core.store.outstanding + len(run.core.admitted["actor-0"]) == run.core.store.admission.limit == 12

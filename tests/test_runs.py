@@ -249,6 +249,8 @@ def test_a_run_whose_supervisor_ended_goes_on_as_what_it_was(life: Live, end: Ca
     second = life(resume=True)
     second.up("learner", 3)
     second.up("actor", 2)
+    # all are ready: one that dies before that ends the run
+    second.until(lambda: len(read(second.directory)["status"]) > len(until_gone["status"]) + 1)
     os.kill(lives(second.directory, "actor")[-1]["pid"], signal.SIGKILL)
     second.up("actor", 3)
     second.until(lambda: len(read(second.directory)["restart"]) == 2)
