@@ -1,7 +1,7 @@
 """Stand-ins for the processes of a run, started by the real supervisor: `python -m fake_processes RECIPE ... --role R`.
 
-They do what files in the run directory say (`queue.finish`, `NAME.fails.2`), and write a line to `lives.jsonl` at each
-start, so that a test knows every process that there ever was.
+They do what files in the run directory say (`queue.finish`, `NAME.fails.2`), write a line to `lives.jsonl` at each
+start, so that a test knows every process that there ever was, and make `NAME.ready.2` when they are ready.
 """
 
 import argparse
@@ -40,6 +40,15 @@ def lives(directory: pathlib.Path, name: str = "") -> list[dict[str, Any]]:
     text = path.read_text() if path.exists() else ""
     told = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     return [life for life in told if name in ("", life["name"])]
+
+
+def is_up(directory: pathlib.Path, name: str, incarnation: int) -> bool:
+    """Whether that process has reported that it is ready: one that is killed before never came up."""
+    return _ready(directory, name, incarnation).exists()
+
+
+def _ready(directory: pathlib.Path, name: str, incarnation: int) -> pathlib.Path:
+    return directory / f"{name}.ready.{incarnation}"
 
 
 def left(directory: pathlib.Path) -> set[int]:
@@ -94,10 +103,15 @@ class FakeQueue:
                 await self._router.send(peer, Status(fields=fields, texts=texts, finished=finished))
 
 
+def report_ready(options: argparse.Namespace, address: str) -> None:
+    runtime.report_ready(options.ready_fd, address=address)
+    _ready(pathlib.Path(options.recipe).parent, options.role, options.incarnation).touch()
+
+
 async def serve_queue(options: argparse.Namespace) -> None:
     async with Router.bind(options.bind or "tcp://127.0.0.1:0") as router:
         queue = FakeQueue(options, router)
-        runtime.report_ready(options.ready_fd, address=router.address)
+        report_ready(options, address=router.address)
         await runtime.supervise(serve=queue.serve(), tell=queue.tell())
 
 
@@ -131,7 +145,7 @@ def main() -> None:
     if name == "queue":
         runtime.execute(name, serve_queue, options)
     else:
-        runtime.report_ready(options.ready_fd, address=options.bind or f"of {name}")
+        report_ready(options, address=options.bind or f"of {name}")
         signal.pause()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import fake_processes
 import pytest
-from fake_processes import left, lives
+from fake_processes import is_up, left, lives
 
 from scripts.processes import ProcessDied
 from scripts.runs import Run
@@ -321,7 +321,7 @@ class FakeRun:
         assert self.process.poll() is None, self.process.communicate()
 
     def up(self, name: str, incarnation: int) -> None:
-        self.until(lambda: any(life["incarnation"] == incarnation for life in lives(self.directory, name)))
+        self.until(lambda: is_up(self.directory, name, incarnation))
 
     def is_observed(self) -> bool:
         path = self.directory / "metrics.jsonl"
@@ -421,7 +421,7 @@ def test_a_signal_during_a_restart_ends_everything(directory: pathlib.Path, star
     run.up("actor", 1)
     run.until(run.is_observed)
     run.kill("actor")
-    run.up("actor", 2)
+    run.until(lambda: len(lives(directory, "actor")) == 2)
     run.process.send_signal(number)
     output, _ = run.process.communicate(timeout=30)
     assert run.process.returncode == 130, output
