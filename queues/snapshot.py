@@ -34,7 +34,7 @@ from stream_rl import types as nouns
 from stream_rl.errors import StreamRLError
 from stream_rl.metrics import Histogram
 
-FORMAT = b"stream_rl snapshot 2\n"
+FORMAT = b"stream_rl snapshot 3\n"
 _HEAD_BYTES = len(FORMAT) + 4
 _NOT_STATE = ("process", "journal", "database", "snapshot")
 """Modules of the queue that are shell around the state."""
