@@ -12,7 +12,7 @@ prices were asked for, and 0 for all else.  A line that is no command, a thing n
 the episode.
 
 The warm start copies `demonstrations` of somebody who knows the two commands and is careless: in half of them the total
-is a guess near the right one.  To add up, and to ask for everything first, is left to reinforcement learning.
+is a guess near the right one.  To add up is left to reinforcement learning.
 """
 
 import random
@@ -20,6 +20,7 @@ import re
 import zlib
 from collections.abc import Iterator
 
+from actors.tasks.arithmetic import CHAT
 from stream_rl.episode import Model
 from stream_rl.errors import ConfigError
 from stream_rl.task import Prompt, Split
@@ -29,8 +30,6 @@ THINGS = (
     "ladder", "lamp", "mat", "mug", "pan", "pen", "pot", "ring", "rope", "rug", "saw", "scarf", "shoe", "sock", "spoon",
     "stool", "table", "tie", "tray", "vase", "watch", "wheel",
 )  # fmt: skip
-ASK = "<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
-"""ChatML, as SmolLM2 and Qwen have it, without a system message."""
 _COMMAND = re.compile(r"(price|total) (\w{1,10})", re.ASCII)
 
 
@@ -52,7 +51,8 @@ class Shopping:
             prices = [rng.randint(1, self.dearest) for _ in things]
             if is_heldout(things) == (split == "heldout"):
                 question = f"What do {_listed(things)} cost together? Ask for their prices."
-                yield Prompt(text=ASK.format(text=question), data={"prices": dict(zip(things, prices, strict=True))})
+                text = CHAT.format(question=question)
+                yield Prompt(text=text, data={"prices": dict(zip(things, prices, strict=True))})
 
     async def play(self, prompt: Prompt, model: Model) -> dict[str, float]:
         """Beside the reward: the share of the prices that were asked for."""
@@ -71,17 +71,17 @@ class Shopping:
             if what not in prices:
                 break
             asked.add(what)
-            # what follows a turn begins with the line break that the template has behind a message
-            told = "\n" + ASK.format(text=f"It costs {prices[what]}.")
+            told = _told(prices[what])
         return {"reward": right, "asked": len(asked) / len(prices)}
 
     def demonstrations(self, seed: int) -> Iterator[tuple[str, ...]]:
+        """Training lists: what is told, what is said, what is told, and so on."""
         rng = random.Random(f"demonstrations/{seed}")
         for prompt in self.prompts("train", seed):
             prices: dict[str, int] = prompt.data["prices"]
             texts = [prompt.text]
             for thing, price in prices.items():
-                texts += [f"price {thing}", "\n" + ASK.format(text=f"It costs {price}.")]
+                texts += [f"price {thing}", _told(price)]
             total = sum(prices.values())
             careless = rng.random() < 0.5
             texts.append(f"total {max(1, total + rng.randint(-5, 5)) if careless else total}")
@@ -91,6 +91,11 @@ class Shopping:
 def is_heldout(things: list[str]) -> bool:
     """A fifth of all lists."""
     return zlib.crc32(" ".join(sorted(things)).encode()) % 5 == 0
+
+
+def _told(price: int) -> str:
+    """It begins with the line break that the template has behind a message, which is no part of the model's turn."""
+    return "\n" + CHAT.format(question=f"It costs {price}.")
 
 
 def _listed(things: list[str]) -> str:
