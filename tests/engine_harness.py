@@ -278,6 +278,10 @@ class EngineHarness:
             assert time.monotonic() < end, f"waited {timeout} s for {what}"
             time.sleep(0.002)
 
+    def streamed(self) -> dict[str, Stream]:
+        """What has streamed so far. The queue's thread adds to `streams` at any time, so nothing may loop over it."""
+        return dict(self.streams)
+
     def fresh_stats(self) -> EngineStats:
         """Counters that were read after this call; they come twice a second."""
         seen = self.stats_seen

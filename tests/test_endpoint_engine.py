@@ -131,8 +131,9 @@ def turns_of(token_ids: list[int], sampled: list[bool]) -> list[list[int]]:
 
 def check_against_stream(harness: EndpointHarness, key: tuple[int, int], trained: Trajectory) -> None:
     """Id for id, log-prob for log-prob, version for version."""
-    rids = sorted((rid for rid in harness.streams if rid.startswith(f"{RUN}/{key[0]}/{key[1]}/")), key=segment)
-    streams = [harness.streams[rid] for rid in rids]
+    streamed = harness.streamed()
+    rids = sorted((rid for rid in streamed if rid.startswith(f"{RUN}/{key[0]}/{key[1]}/")), key=segment)
+    streams = [streamed[rid] for rid in rids]
     where = [i for i, flag in enumerate(trained.sampled) if flag]
     assert [trained.token_ids[i] for i in where] == [token for one in streams for token in one.token_ids]
     assert [trained.logprobs[i] for i in where] == [logprob for one in streams for logprob in one.logprobs]
@@ -220,7 +221,7 @@ def test_an_engine_that_is_killed_in_mid_turn_is_one_seamless_answer(harness: An
 
     async def until(player: Player) -> None:
         def grown() -> list[str]:
-            return [rid for rid, one in harness.streams.items() if len(one.token_ids) > 20 and not one.finish]
+            return [rid for rid, one in harness.streamed().items() if len(one.token_ids) > 20 and not one.finish]
 
         while not grown():
             assert not player.errors

@@ -91,7 +91,7 @@ def full_hash(harness: EngineHarness, version: Version) -> str:
 def test_updates_came_live_while_requests_ran(following: tuple[EngineHarness, pathlib.Path]) -> None:
     harness, _ = following
     assert all(report.hash_matches and not report.anchor for report in harness.reports)
-    versions = {version for stream in harness.streams.values() for version in stream.versions}
+    versions = {version for stream in harness.streamed().values() for version in stream.versions}
     assert len(versions) > 5
 
 

@@ -252,10 +252,10 @@ def test_pauses_are_counted_inside_the_server(harness: EngineHarness, publishing
 
 
 def test_requests_of_nobody_are_not_streamed(harness: EngineHarness, publishing: Publishing) -> None:
-    seen = set(harness.streams)
+    seen = set(harness.streamed())
     harness.call(harness.generate("evaluation-1.", [1, 2, 3], 20))
     harness.call(harness.generate(None, [1, 2, 3], 20))
-    assert set(harness.streams) == seen
+    assert set(harness.streamed()) == seen
 
 
 def test_log_probs_equal_the_learners_untied(
