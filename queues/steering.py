@@ -97,8 +97,8 @@ class Steering:
             self.home = self._bounded(self.home + more, groups_per_step)
         if self.settling:
             self.settling -= 1
-        elif elapsed > 0 and math.isfinite(age_mean):
-            self.rates.append(tokens / elapsed)
+        elif elapsed > 0 and math.isfinite(rate := tokens / elapsed) and math.isfinite(age_mean):
+            self.rates.append(rate)
             self.ages.append(age_mean)
             if self._is_known():
                 # The median, since a checkpoint or a restart makes one step very long.

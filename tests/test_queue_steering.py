@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from queues import snapshot
@@ -177,6 +177,7 @@ def test_noise_alone_cannot_make_it_run_away() -> None:
         assert plant.settled(500) < 100
 
 
+@example([(1e-308, 10**9, 0.0, 1)] * 40, 1.0, 2.0)  # more tokens a second than a float holds
 @given(
     st.lists(
         st.tuples(
