@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -24,6 +25,10 @@ NOBODY = "tcp://127.0.0.1:9"
 """An address at which nobody listens."""
 
 
+class Left(BaseException):
+    """The host was left: no Exception, which the thread would count as its own fault."""
+
+
 class PluginHost:
     """`async with PluginHost(...)`: the scheduler turns until it is left; requests grow by a token a turn."""
 
@@ -41,12 +46,17 @@ class PluginHost:
         self.weights, self.model = make_live(tensors or make_tensors(0), FIRST)
         self.counters = Counters()
         self.thread = PluginThread(self.settings, 0, 1, torch.device("cpu"), self.weights, self.counters)
+        self.thread._thread = threading.Thread(target=self._run_thread, daemon=True)
         self.stream = ChunkStream(RUN, 4, self.settings.chunk_seconds, self.thread.post_rows, self.thread.is_full)
         self.requests: list[Request] = []
         self.turns = 0
         self._turned = asyncio.Condition()
         self.committing = True
         """False while the scheduler is busy elsewhere and takes no order."""
+
+    def _run_thread(self) -> None:
+        with contextlib.suppress(Left):
+            self.thread._run()
 
     async def __aenter__(self) -> Self:
         self.thread.start()
@@ -59,8 +69,23 @@ class PluginHost:
         self._scheduler.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._scheduler
+        await asyncio.to_thread(self._end_thread)
         self.launcher.kill()
         self.launcher.wait()
+
+    def _end_thread(self) -> None:
+        """In an engine it lives as long as its process.  Here it would knock at the ports of tests that are over, and
+        others' peers may have got them."""
+        thread, hub = self.thread._thread, self.thread._hub
+
+        def leave(*arguments: object) -> float:
+            raise Left
+
+        self.thread._tick = leave  # type: ignore[method-assign]
+        if hub is not None:
+            hub.wake()
+            thread.join(20)
+            hub.close()
 
     def add(self, count: int) -> list[Request]:
         first = len(self.requests)
