@@ -17,7 +17,7 @@ help:
 	@echo "make quickstart   train a small model with the whole system and show that it learned (about 3 minutes)"
 	@echo "make agent        the same with a task of many turns and two tools (about 3 minutes)"
 	@echo "make test         lint, then every test that needs neither a GPU nor patience"
-	@echo "make test-long    crashes, many versions, full matrices"
+	@echo "make test-long    crashes, many versions, full matrices, new examples for the property tests"
 	@echo "make test-gpu     tests that need a CUDA device"
 	@echo "make lint         ruff (rules and format) and mypy --strict"
 	@echo "make format       let ruff repair and format"
@@ -42,10 +42,10 @@ agent: $(READY)
 	@$(BIN)/stream-rl train recipes/agent.toml
 
 test: lint
-	$(BIN)/pytest -m "not long and not gpu"
+	$(BIN)/pytest -m "not long and not gpu" --hypothesis-profile=ci
 
 test-long: $(READY)
-	$(BIN)/pytest -m long
+	$(BIN)/pytest -m "(long or hypothesis) and not gpu"
 
 test-gpu: $(READY)
 	$(BIN)/pytest -m gpu -v -rs

@@ -2,15 +2,25 @@
 
 import os
 import pathlib
+import signal
 from collections.abc import Iterator
 
 import marked_model
 import pytest
 from engine_harness import EngineHarness
+from hypothesis import HealthCheck, settings
 from run_command import Command, Launch
 
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# New examples at each run, however slow the machine.  `make test` takes the same each time: its profile is "ci".
+settings.register_profile("new", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("new")
+
+# A shell's background jobs ignore both, and so would every process that a test starts and then ends by them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
