@@ -29,9 +29,9 @@ fork = multiprocessing.get_context("fork")
 
 
 def feed(put):
-    # Until the time is over, and then an empty message.
+    # Until the time is over, two at least, and then an empty message.
     end, i = time.monotonic() + seconds, 0
-    while time.monotonic() < end:
+    while i < 2 or time.monotonic() < end:
         put(messages[i % len(messages)])
         i += 1
     put([b""])
