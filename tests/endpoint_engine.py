@@ -94,11 +94,11 @@ class EndpointHarness(EngineHarness):
                 in_flight="fixed", max_token_age=-1, fsync=False,
             ),
             rollout=config.Rollout(
-                group_size=1, max_new_tokens=600, temperature=1.0, heldout_prompts=0, request_timeout_s=120.0
+                group_size=1, max_new_tokens=2000, temperature=1.0, heldout_prompts=0, request_timeout_s=120.0
             ),
             weights=self.recipe.weights,
             engine=config.Engine(chunk_tokens=5, chunk_seconds=0.05, resend_seconds=0.5),
-            agent=config.Agent(tool_parser="qwen25", max_turn_tokens=400),
+            agent=config.Agent(tool_parser="qwen25", max_turn_tokens=1000),
             supervise=config.Supervise(retry_s=0.5, silence_timeout_s=300.0),
             sglang=self.recipe.sglang,
         )  # fmt: skip

@@ -6,6 +6,7 @@ start, so that a test knows every process that there ever was, and make `NAME.re
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import pathlib
@@ -51,12 +52,20 @@ def _ready(directory: pathlib.Path, name: str, incarnation: int) -> pathlib.Path
     return directory / f"{name}.ready.{incarnation}"
 
 
-def left(directory: pathlib.Path) -> set[int]:
+def left(directory: pathlib.Path, patience: float = 5.0) -> set[int]:
     """Processes of the run that still run, the children of its processes included.  One that was killed has a moment
     to go: the signal is sent, not the end awaited."""
-    pids = [pid for life in lives(directory) for pid in (life["pid"], life["grandchild"])]
-    _, running = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=0.5)
-    return {process.pid for process in running if process.status() != psutil.STATUS_ZOMBIE}
+    found = []
+    for life in lives(directory):
+        for pid in (life["pid"], life["grandchild"]):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.append(psutil.Process(pid))
+    running = set()
+    for process in psutil.wait_procs(found, timeout=patience)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                running.add(process.pid)
+    return running
 
 
 class FakeQueue:

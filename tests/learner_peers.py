@@ -102,6 +102,10 @@ class Peer:
     def all(self, *kinds: type[Any]) -> list[Any]:
         return [message for message in self.heard if isinstance(message, kinds)]
 
+    def each(self, kind: type[Any]) -> list[Any]:
+        """Of each step the last: what is not answered at once is said again."""
+        return list({message.step: message for message in self.heard if isinstance(message, kind)}.values())
+
 
 def once(true: Callable[[Any], bool]) -> Callable[[Any], bool]:
     """True of each different message that it is true of, and false of its repetitions."""

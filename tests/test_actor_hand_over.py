@@ -125,7 +125,7 @@ def test_what_changed_while_the_publisher_was_away_comes_as_one_update() -> None
                 await asyncio.sleep(0.01)
             serving = group.create_task(publisher.serve())
             await until_newest(publisher, learner)
-            assert publisher.taken in ([(0, 3), (0, 4), (0, 8)], [(0, 3), (0, 8)])
+            assert publisher.taken[0] == (0, 3) and publisher.taken[-1] == (0, 8) and len(publisher.taken) <= 3
             assert publisher.anchors == [(0, 3)]
             serving.cancel()
 

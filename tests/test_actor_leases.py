@@ -32,7 +32,7 @@ def test_a_lease_of_masked_tokens_alone_is_a_skipped_step(tmp_path: pathlib.Path
             around.queue.changes[1] = {"trainable": masked}
             async with around.learner():
                 done = await around.until_done()
-            applied = around.queue.all(m.Applied)
+            applied = around.queue.each(m.Applied)
             assert [a.outcome for a in applied] == ["trained", "skipped", "trained", "trained", "trained"]
             assert applied[1].metrics["trained_tokens"] == 0
             hashes = around.publisher.hashes

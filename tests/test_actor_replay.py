@@ -289,7 +289,7 @@ def test_a_row_of_skipped_steps_ends_the_learner_with_a_diagnosis(tmp_path: path
                     await asyncio.wait([task])
             expected = r"the last 3 steps, 0\.2 to 0\.4, were skipped .* those of step 0\.2; .*capsules"
             assert raised.group_contains(WouldOnlyRepeat, match=expected, depth=1)
-            assert [applied.outcome for applied in around.queue.all(m.Applied)][-3:] == ["skipped"] * 3
+            assert [applied.outcome for applied in around.queue.each(m.Applied)][-3:] == ["skipped"] * 3
             assert around.log()[-1] == (0, 4), "the books know of all of them"
 
     run(scene())
@@ -342,7 +342,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_ends_with_one_that_f
                 assert not queue.all(m.Committed), "it is not durable"
                 Held.may.set()
                 done = await around.until_done()
-            assert [message.step.step for message in queue.all(m.Committed)] == [2, 4, 5]
+            assert [message.step.step for message in queue.each(m.Committed)] == [2, 4, 5]
             assert queue.said().index("Applied 0.4") > queue.said().index("Committed 0.2"), "one at a time"
             assert done.weights_hash == lost_twice.publisher.hashes[Version(2, STEPS)]
 

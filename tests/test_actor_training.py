@@ -47,7 +47,7 @@ def around_of(directory: pathlib.Path, algorithm: Algorithm, **changes: Any) -> 
 
 
 def metrics_of(around: Around) -> list[dict[str, float]]:
-    return [applied.metrics for applied in around.queue.all(m.Applied)]
+    return [applied.metrics for applied in around.queue.each(m.Applied)]
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -126,7 +126,7 @@ def test_a_step_that_is_not_finite_is_skipped_settled_and_kept(tmp_path: pathlib
             around.queue.changes[3] = {"trainable": masked}
             async with around.learner():
                 done = await around.until_done()
-            applied = around.queue.all(m.Applied)
+            applied = around.queue.each(m.Applied)
             assert [one.outcome for one in applied] == ["trained", "skipped", "trained", "skipped", "trained"]
             assert [one.metrics.get("not_finite", 0.0) for one in applied] == [0.0, 1.0, 0.0, 0.0, 0.0]
             hashes = around.publisher.hashes

@@ -123,7 +123,7 @@ def test_whatever_a_tool_is_called_with_the_answer_is_text(name: str, arguments:
         assert (await box.run(["true"])).exit == 0
         return answer
 
-    answer = inside(scene, module.Limits(seconds=0.5, processes=16, output_bytes=20_000))
+    answer = inside(scene, module.Limits(seconds=2.0, processes=16, output_bytes=20_000))
     assert re.search(said, answer), answer
     assert len(answer) < coding.TOOL_OUTPUT + 200
 
@@ -189,7 +189,7 @@ def test_an_agent_that_writes_tries_and_corrects_is_rewarded_for_the_right_progr
     ],
 )
 def test_the_share_of_passed_tests_is_the_reward(says: list[str], passed: float) -> None:
-    reward, _ = episode(says, Coding(run_seconds=1.0, partial=0.5))
+    reward, _ = episode(says, Coding(run_seconds=3.0, partial=0.5))
     assert reward["passed"] == pytest.approx(passed)
     assert reward["reward"] == (1.0 if passed == 1.0 else pytest.approx(0.5 * passed))
 

@@ -293,7 +293,7 @@ def test_streams_show_signs_of_life_and_then_the_whole_turn() -> None:
         async with asyncio.TaskGroup() as tasks:
             asked = [tasks.create_task(one()) for one in (raw, chunks, blocks)]
             await world.held(3)
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.5)
             for _ in range(3):
                 world.release("late")
         text = asked[0].result()

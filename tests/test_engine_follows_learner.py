@@ -18,7 +18,8 @@ from engines.weights import fingerprint
 from stream_rl.config import Learner
 from stream_rl.types import TrainingBatch, Version, make_rid
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
+"""The first test's time includes the server's start."""
 UPDATES = 20
 
 

@@ -61,6 +61,7 @@ def test_ctrl_c_ends_every_process(launch: Launch) -> None:
     assert code == 130, command.text()
     assert "stopped" in command.text()
     assert f"go on with: stream-rl train {command.run} --resume" in command.text()
+    psutil.wait_procs(tree, timeout=10)  # who was killed has a moment to go
     assert alive(tree) == []
 
 

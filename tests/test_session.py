@@ -138,7 +138,7 @@ def test_a_peer_that_is_refused_for_good_ends(reason: str) -> None:
 
 def test_a_restarted_queue_is_noticed_by_the_heartbeat_alone() -> None:
     async def scene() -> None:
-        async with FakeQueue() as queue, talking(queue) as peer:
+        async with FakeQueue() as queue, talking(queue, retry=5.0) as peer:
             queue.welcome = lambda hello: {"admitted": [5]}
             await queue.restart()
             assert (await peer.receive()).admitted == [5]
@@ -278,7 +278,7 @@ def test_nothing_is_posted_to_a_queue_that_does_not_know_this_peer_yet() -> None
 
 def test_drained_says_how_much_is_left_after_the_timeout() -> None:
     async def scene() -> None:
-        async with FakeQueue() as queue, talking(queue, patience=4 * RETRY) as peer:
+        async with FakeQueue() as queue, talking(queue, patience=20 * RETRY) as peer:
             await peer.drained()
             queue.holding = True
             await peer.post(close(0))

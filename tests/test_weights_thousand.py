@@ -174,7 +174,10 @@ async def beside(*loops: "asyncio.Future[None] | object") -> AsyncIterator[None]
             loop.cancel()
 
 
-async def play(directory: pathlib.Path, versions: int, engines: int, publisher_kills: int, engine_kills: int) -> None:
+async def play(
+    directory: pathlib.Path, versions: int, engines: int, publisher_kills: int, engine_kills: int, share: float
+) -> None:
+    """share: of all messages, that each fault meets."""
     rng = np.random.default_rng(versions)
     tensors = marked_model.random_weights(7)
     recipe = write_recipe(directory, marked_model.write(directory / "model", tensors))
@@ -185,7 +188,7 @@ async def play(directory: pathlib.Path, versions: int, engines: int, publisher_k
         site, reached = Site(directory, queue.address), Reached(queue)
         try:
             address = await site.start_publisher()
-            async with LossyLink(address, versions, 0.03) as link, Dealer.connect(address, "learner-0@1") as dealer:
+            async with LossyLink(address, versions, share) as link, Dealer.connect(address, "learner-0@1") as dealer:
                 learning = Learning(dealer, recipe, tensors)
                 await asyncio.gather(*(site.start_engine(name, link.address) for name in names))
                 async with beside(learning.hand_over.run(), *(generating(site, name) for name in names)):
@@ -252,13 +255,13 @@ def judge(queue: FakeQueue, learning: Learning, link: LossyLink, names: list[str
 
 @pytest.mark.timeout(240)
 def test_versions_reach_an_engine_over_a_bad_network_and_restarts_bit_for_bit(tmp_path: pathlib.Path) -> None:
-    asyncio.run(play(tmp_path, versions=30, engines=1, publisher_kills=1, engine_kills=1))
+    asyncio.run(play(tmp_path, versions=30, engines=1, publisher_kills=1, engine_kills=1, share=0.05))
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3000)
 def test_a_thousand_versions_reach_two_engines_over_a_bad_network_and_restarts(tmp_path: pathlib.Path) -> None:
-    asyncio.run(play(tmp_path, versions=1000, engines=2, publisher_kills=12, engine_kills=8))
+    asyncio.run(play(tmp_path, versions=1000, engines=2, publisher_kills=12, engine_kills=8, share=0.03))
 
 
 def test_the_parts_of_a_large_anchor_are_many() -> None:
