@@ -76,16 +76,17 @@ class PluginHost:
     def _end_thread(self) -> None:
         """In an engine it lives as long as its process.  Here it would knock at the ports of tests that are over, and
         others' peers may have got them."""
-        thread, hub = self.thread._thread, self.thread._hub
 
         def leave(*arguments: object) -> float:
             raise Left
 
         self.thread._tick = leave  # type: ignore[method-assign]
-        if hub is not None:
-            hub.wake()
-            thread.join(20)
-            hub.close()
+        if self.thread._hub is not None:  # or else its first turn is still to come
+            self.thread._hub.wake()
+        self.thread._thread.join(60)
+        assert not self.thread._thread.is_alive(), "the plugin's thread has not turned for 60 s"
+        if self.thread._hub is not None:
+            self.thread._hub.close()
 
     def add(self, count: int) -> list[Request]:
         first = len(self.requests)

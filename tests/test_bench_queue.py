@@ -1,5 +1,6 @@
 """`stream-rl bench queue`: its traffic is what it says, a tiny run is whole, and what goes wrong ends it by name."""
 
+import asyncio
 import json
 import os
 import pathlib
@@ -92,6 +93,15 @@ def test_a_tiny_run_prints_one_object_last_and_nothing_is_lost(tmp_path: pathlib
     assert missed <= result["limits"].keys()
     assert ("profile" in result["limits"]) == bool(missed)
     assert INCLUDES.keys() <= result.keys() and result["setting"]["fsync"] is True
+
+
+@pytest.mark.parametrize("kind", baselines.KINDS)
+def test_a_baseline_without_time_has_a_rate_all_the_same(kind: str, tmp_path: pathlib.Path) -> None:
+    """As one that the machine leaves no time between its window's begin and end."""
+    if why := baselines.missing(kind):
+        pytest.skip(why)
+    recorded = baselines.Recorded.write(Traffic(64).round(32, Version(0, 0)), tmp_path / "frames")
+    assert asyncio.run(baselines.run(kind, recorded, 0.0)) > 0
 
 
 # -- what is wrong -------------------------------------------------------------------------------------------

@@ -28,12 +28,11 @@ class Publishing:
     def __init__(self, harness: EngineHarness) -> None:
         self.harness = harness
 
-    def publish(self, weights: dict[str, torch.Tensor] | None = None, wait: bool = True) -> Version:
-        """The next version, marked with its own number unless `weights` are given."""
+    def publish(self, weights: dict[str, torch.Tensor] | None = None) -> Version:
+        """Make the next version live, marked with its own number unless `weights` are given."""
         version = Version(0, next(_steps))
         self.harness.publish(version, (weights or marked_model.marked_weights(version.step)).items())
-        if wait:
-            self.live(version)
+        self.live(version)
         return version
 
     def live(self, version: Version) -> None:
@@ -97,7 +96,8 @@ def test_versions_hold_when_requests_are_retracted(harness: EngineHarness, publi
         harness.generate(name, [i + 1] * 60, 400, temperature=0) for i, name in enumerate(names)
     ])  # fmt: skip
     while not answers.done():
-        publishing.publish()  # and wait: an engine that misses too many gets all weights, which the last test forbids
+        # each is live before the next: an engine that misses too many gets all weights, which the last test forbids
+        publishing.publish()
         time.sleep(0.3)
     for stream, answer in zip(finished(harness, names), answers.result(60), strict=True):
         assert len(stream.token_ids) == 400
